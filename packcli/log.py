@@ -1,0 +1,67 @@
+"""What a user sees while work goes on: messages and progress, all on stderr.
+
+Nothing here is a result: results go to stdout (`cli.py`), numbers of a run to `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+logger = logging.getLogger("packcli")
+
+
+def setup(level: int = logging.INFO) -> None:
+    """Send packcli's messages to stderr, plain, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def plain(text: str) -> str:
+    """`text` with control characters shown, so that data cannot drive the user's terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def console() -> Console:
+    """The terminal on stderr; rich honours `NO_COLOR` and falls quiet when it is not a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress display with count, elapsed time and time left; invisible when not a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    terminal = console()
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=terminal,
+        disable=not terminal.is_terminal,
+        transient=True,
+    ) as display:
+        yield display
