@@ -1,0 +1,192 @@
+"""Raw records as conversations, and conversations as text with the spans an assistant wrote.
+
+A file's schema is detected from its first record; a file that fits none is an error. A single record that
+cannot be trained on raises `Rejected`: the caller counts it and names it, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from packcli.errors import ConfigError, DataError
+
+Schema = Literal["messages", "conversations", "instruction", "prompt_completion", "question_answer"]
+Messages = list[dict[str, str]]
+
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system",), "system"),
+}
+_ACCEPTED = (
+    "`messages` (role, content), `conversations` (from, value), `instruction` with `output` or `response`, "
+    "`prompt` with `completion`, `question` with `answer`"
+)
+# Part of what "the same conversation" means: changing it moves documents between training and validation.
+_CONTENT_SALT = b"packcli content 1\n"
+
+
+class Rejected(Exception):
+    """This conversation cannot be trained on; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text; `spans`: characters an assistant wrote, end-of-turn text included."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def detect(record: Any, where: str) -> Schema:
+    """The schema of a file, from its first record.
+
+    Raises:
+        DataError: no schema fits.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: a record is a {type(record).__name__}, not an object", f"accepted: {_ACCEPTED}")
+    keys = set(record)
+    if "messages" in keys:
+        return "messages"
+    if "conversations" in keys:
+        return "conversations"
+    if "instruction" in keys and keys & {"output", "response"}:
+        return "instruction"
+    if {"prompt", "completion"} <= keys:
+        return "prompt_completion"
+    if {"question", "answer"} <= keys:
+        return "question_answer"
+    fields = ", ".join(f"`{key}`" for key in list(record)[:12]) or "none"
+    raise DataError(
+        f"{where}: no chat schema fits its fields ({fields})",
+        f"accepted: {_ACCEPTED}; rename fields with `data.mapping`, for example {{question: my_field}}",
+    )
+
+
+def conversation(record: Any, schema: Schema) -> Messages:
+    """A record as a list of messages with roles system, user, assistant.
+
+    Raises:
+        Rejected: a field is missing or not text, a role is unknown, or no assistant turn has text.
+    """
+    if not isinstance(record, Mapping):
+        raise Rejected("the record is not an object")
+    match schema:
+        case "messages":
+            messages = _turns(record.get("messages"), "messages", "role", "content")
+        case "conversations":
+            messages = _turns(record.get("conversations"), "conversations", "from", "value")
+        case "instruction":
+            messages = _instruction(record)
+        case "prompt_completion":
+            messages = [*_part(record, "prompt", "user"), *_part(record, "completion", "assistant")]
+        case "question_answer":
+            messages = [*_part(record, "question", "user"), *_part(record, "answer", "assistant")]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Rejected("no assistant turn")
+    if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
+        raise Rejected("an assistant turn is empty")
+    return messages
+
+
+def _turns(turns: Any, field: str, role_key: str, text_key: str) -> Messages:
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise Rejected(f"`{field}` is not a list of turns" if turns else f"`{field}` is empty")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise Rejected(f"`{field}[{number}]` is not an object")
+        # Either naming is accepted in either field: both mixtures are common in the wild.
+        role = turn.get(role_key, turn.get("role", turn.get("from")))
+        text = turn.get(text_key, turn.get("content", turn.get("value")))
+        if str(role).lower() not in _ROLES:
+            raise Rejected(f"`{field}[{number}]`: unknown role `{role}`")
+        if not isinstance(text, str):
+            raise Rejected(f"`{field}[{number}]`: the text is {type(text).__name__}, not text")
+        messages.append({"role": _ROLES[str(role).lower()], "content": text})
+    return messages
+
+
+def _instruction(record: Mapping[str, Any]) -> Messages:
+    answer = "output" if "output" in record else "response"
+    [question] = _part(record, "instruction", "user")
+    extra = record.get("input")
+    if isinstance(extra, str) and extra.strip():
+        question["content"] += f"\n\n{extra}"
+    system = record.get("system")
+    opening = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return [*opening, question, *_part(record, answer, "assistant")]
+
+
+def _part(record: Mapping[str, Any], field: str, role: str) -> Messages:
+    value = record.get(field)
+    if isinstance(value, list):
+        return _turns(value, field, "role", "content")
+    if not isinstance(value, str):
+        raise Rejected(f"`{field}` is {'missing' if value is None else type(value).__name__}, not text")
+    return [{"role": role, "content": value}]
+
+
+def content_hash(messages: Messages) -> int:
+    """64 bits of a salted sha256 of what is said; decides validation, whatever the seed, arm or file order."""
+    said = orjson.dumps([[message["role"], message["content"]] for message in messages])
+    return int.from_bytes(hashlib.sha256(_CONTENT_SALT + said).digest()[:8], "big")
+
+
+def in_validation(content: int, fraction: float) -> bool:
+    return content < int(fraction * 2**64)
+
+
+def template_text(template: str) -> str:
+    """A chat template by packaged name (chatml, plain) or by path to a Jinja file."""
+    packaged = resources.files("packcli.data") / "templates" / f"{template}.jinja"
+    if "/" not in template and packaged.is_file():
+        return packaged.read_text()
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        hint = "`data.template` is chatml, plain, or a path to a Jinja file"
+        raise ConfigError(f"no chat template `{template}`", hint) from None
+
+
+def render(tokenizer: Any, messages: Messages) -> Rendered:
+    """The conversation under the tokenizer's chat template.
+
+    An assistant turn's text is what the template adds when the turn is appended after its generation prompt;
+    a template for which the earlier text is not a prefix of the later one cannot be supervised that way.
+
+    Raises:
+        Rejected: the template refuses these messages (order of roles, for example).
+        DataError: the template has not the prefix property.
+    """
+    text = _apply(tokenizer, messages)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _apply(tokenizer, messages[:number], prompt=True) if number else ""
+        after = _apply(tokenizer, messages[: number + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise DataError(
+                "the chat template changes earlier turns when one is added: assistant spans are unknown",
+                "set `data.template`, for example to chatml",
+            )
+        spans.append((len(before), len(after)))
+    return Rendered(text, spans)
+
+
+def _apply(tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
+    import jinja2
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except jinja2.TemplateError as error:
+        raise Rejected(f"the chat template refuses it: {error}") from None

@@ -1,0 +1,240 @@
+"""A synthetic instruction corpus that packcli generates itself: small questions with one right answer.
+
+Source `tiny` is chat data: single questions, few-shot questions and multi-turn exchanges over a vocabulary of 24
+words, with a long tail of lengths. Source `tiny_base` holds the same primitive operations, many short ones to a
+conversation, and is meant to warm up a small model from scratch.
+
+What is held out: every question has a key that spells its operation and its operands (`reverse sun cat pen`), and a
+hash of the key alone makes it a training (80%), tuning (10%) or test (10%) question. No tuning or test key is ever
+asked in either source, be it directly, as a shot, as a turn of an exchange or in the warm-up. A *different* operation on the same words
+may be. Nothing here depends on the seed of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+from packcli.errors import ConfigError
+
+VERSION = 1
+"""Raised by hand whenever any output of this file changes."""
+
+SOURCES: tuple[str, ...] = ("tiny", "tiny_base")
+TASKS: tuple[str, ...] = (
+    "tiny_copy",
+    "tiny_reverse",
+    "tiny_rotate",
+    "tiny_swap",
+    "tiny_after",
+    "tiny_lookup",
+    "tiny_few_shot",
+    "tiny_turns",
+)
+
+ITEMS_PER_SPLIT = 100
+"""Per task. A score of one task then has a binomial standard error of at most 5 points."""
+
+NUM_CONVERSATIONS = {"tiny": 4000, "tiny_base": 8000}
+
+Split = Literal["train", "tuning", "test"]
+Words = tuple[str, ...]
+
+# Distinct first letters and no shared stems, so that each becomes one token of even a small trained vocabulary.
+WORDS: Words = tuple(
+    "red sun cat dog map cup hat pen box key bus ant owl fig jam nut oak pie rug sea tin van web yak".split()
+)
+
+OPERATIONS: dict[str, Callable[[Words], Words]] = {
+    "copy": lambda words: words,
+    "reverse": lambda words: words[::-1],
+    "rotate": lambda words: words[1:] + words[:1],
+    "swap": lambda words: (words[1], words[0]) + words[2:],
+}
+"""Pairwise different on any three or more distinct words, which is the least that is ever asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question on its own. `key` names its content and nothing of its wording."""
+
+    key: str
+    ask: str
+    answer: str
+
+
+def split_of(key: str) -> Split:
+    """Return where a question belongs; depends on its key only."""
+    bucket = hashlib.sha256(key.encode()).digest()[0]
+    if bucket < 26:
+        return "test"
+    return "tuning" if bucket < 52 else "train"
+
+
+def conversations(source: str) -> Iterator[dict[str, Any]]:
+    """Yield the training conversations of `source`, always the same ones in the same mixed order.
+
+    Each is `{"messages": [{"role", "content"}, ...], "task": str}`. Raises `ConfigError` for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"no built-in data source `{source}`", f"choose from: {', '.join(SOURCES)}")
+    for index in range(NUM_CONVERSATIONS[source]):
+        rng = Random(f"{source} {index}")
+        if source == "tiny":
+            task = rng.choices(TASKS, [_SHARES[task] for task in TASKS])[0]
+            questions = _exchange(task, rng, "train")
+        else:
+            task = source
+            questions = [_primitive(rng) for _ in range(rng.randint(6, 12))]
+        yield {"messages": _messages(questions), "task": task}
+
+
+def items(task: str, split: Literal["tuning", "test"]) -> list[dict[str, Any]]:
+    """Return the held-out items of `task`: `{"messages": [...], "answer": str}`, no question twice.
+
+    `messages` ends with the user turn to answer; a multi-turn item has its right answers before it. The answer is right
+    when it equals `answer` exactly. Raises `ConfigError` for an unknown task.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"no built-in task `{task}`", f"choose from: {', '.join(TASKS)}")
+    rng = Random(f"{task} {split}")
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < ITEMS_PER_SPLIT:
+        questions = _exchange(task, rng, split)
+        last = questions[-1]
+        found.setdefault(last.key, {"messages": _messages(questions)[:-1], "answer": last.answer})
+    return list(found.values())
+
+
+_SHARES = {
+    "tiny_copy": 1.0,
+    "tiny_reverse": 1.0,
+    "tiny_rotate": 1.0,
+    "tiny_swap": 1.0,
+    "tiny_after": 1.0,
+    "tiny_lookup": 1.5,
+    "tiny_few_shot": 1.5,
+    "tiny_turns": 1.5,
+}
+
+
+def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
+    """Draw one conversation of `task` whose last question lies in `split`; all before it are training questions."""
+    match task:
+        case "tiny_after":
+            return [_draw(lambda: _after(rng, _length(rng, 4, 3, 14)), split)]
+        case "tiny_lookup":
+            return [_draw(lambda: _lookup(rng, _length(rng, 3, 4, 22)), split)]
+        case "tiny_few_shot":
+            return [_few_shot(rng, _length(rng, 3, 2, 14), split)]
+        case "tiny_turns":
+            return _turns(rng, _length(rng, 2, 1.2, 10), split)
+        case _:
+            operation = task.removeprefix("tiny_")
+            return [_draw(lambda: _direct(operation, _words(rng, _length(rng, 3, 2, 12))), split)]
+
+
+def _primitive(rng: Random) -> Question:
+    """Draw one short training question of any kind."""
+    kind = rng.choice((*OPERATIONS, "after", "lookup", "few_shot"))
+    match kind:
+        case "after":
+            return _draw(lambda: _after(rng, rng.randint(3, 8)), "train")
+        case "lookup":
+            return _draw(lambda: _lookup(rng, rng.randint(2, 6)), "train")
+        case "few_shot":
+            return _few_shot(rng, 2, "train")
+        case _:
+            return _draw(lambda: _direct(kind, _words(rng, rng.randint(3, 7))), "train")
+
+
+def _direct(operation: str, words: Words) -> Question:
+    return Question(f"{operation} {_text(words)}", f"{operation}: {_text(words)}", _equals(operation, words))
+
+
+def _after(rng: Random, num_words: int) -> Question:
+    """Which word follows this one?"""
+    words = _words(rng, num_words)
+    place = rng.randrange(num_words - 1)
+    key = f"after {words[place]}: {_text(words)}"
+    return Question(key, key, f"= {words[place + 1]}")
+
+
+def _lookup(rng: Random, num_pairs: int) -> Question:
+    """Which value goes with this name? Names do not repeat, values may."""
+    pairs = [(name, rng.choice(WORDS)) for name in _words(rng, num_pairs)]
+    name, value = rng.choice(pairs)
+    listed = ", ".join(f"{left} is {right}" for left, right in pairs)
+    return Question(f"lookup {name} in {listed}", f"given {listed}: {name} is", f"= {value}")
+
+
+def _few_shot(rng: Random, num_shots: int, split: Split) -> Question:
+    """An operation shown by examples and never named; its key is that of the direct question."""
+    operation = rng.choice(tuple(OPERATIONS))
+
+    def draw(part: Split) -> Question:
+        return _draw(lambda: _direct(operation, _words(rng, rng.randint(3, 4))), part)
+
+    def plain(question: Question) -> str:
+        return question.key.removeprefix(operation)
+
+    shots = [draw("train") for _ in range(num_shots)]
+    last = draw(split)
+    lines = [f"{plain(shot)} {shot.answer};" for shot in shots]
+    return Question(last.key, "like" + "".join(lines) + plain(last), last.answer)
+
+
+def _turns(rng: Random, num_turns: int, split: Split) -> list[Question]:
+    """A direct question, then operations on the answer before: `now reverse`."""
+
+    def attempt() -> list[Question]:
+        words = _words(rng, rng.randint(3, 6))
+        questions: list[Question] = []
+        for turn in range(num_turns):
+            operation = rng.choice(tuple(OPERATIONS))
+            question = _direct(operation, words)
+            ask = question.ask if turn == 0 else f"now {operation}"
+            questions.append(Question(question.key, ask, question.answer))
+            words = OPERATIONS[operation](words)
+        return questions
+
+    while True:
+        questions = attempt()
+        parts = [split_of(question.key) for question in questions]
+        if parts[-1] == split and all(part == "train" for part in parts[:-1]):
+            return questions
+
+
+def _draw(make: Callable[[], Question], split: Split) -> Question:
+    while split_of((question := make()).key) != split:
+        pass
+    return question
+
+
+def _words(rng: Random, count: int) -> Words:
+    return tuple(rng.sample(WORDS, count))
+
+
+def _length(rng: Random, least: int, mean_more: float, most: int) -> int:
+    """Draw from a long tail: `least` plus an exponential of mean `mean_more`, at most `most`."""
+    return min(most, least + int(rng.expovariate(1 / mean_more)))
+
+
+def _text(words: Words) -> str:
+    return " ".join(words)
+
+
+def _equals(operation: str, words: Words) -> str:
+    # The sign gives every word of an answer a space before it, so that it is the same token there as in the question.
+    return f"= {_text(OPERATIONS[operation](words))}"
+
+
+def _messages(questions: list[Question]) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": content}
+        for question in questions
+        for role, content in (("user", question.ask), ("assistant", question.answer))
+    ]

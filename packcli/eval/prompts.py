@@ -1,0 +1,78 @@
+"""Items of the embedded tasks as text for one tokenizer: what the model reads, what it has to write.
+
+Loads no model and no lm-eval; a tokenizer is whatever transformers gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packcli.data import corpus
+from packcli.errors import ConfigError
+from packcli.eval.protocol import Task
+from packcli.files import digest
+
+_ASK = "PACKCLI-QUESTION"
+_REPLY = "PACKCLI-ANSWER"
+
+
+def documents(task: Task, tokenizer: Any, *, chat_template: bool) -> list[dict[str, str]]:
+    """One `{"prompt", "target"}` per held-out item of an embedded task.
+
+    With a chat template, `prompt` is the template over all turns up to where the assistant starts to write and
+    `target` the answer with the template's end-of-turn token. Without one, every turn is a line of its own:
+    `reverse: sun cat pen\\n` and `= pen cat sun\\n`.
+    """
+    assert task.corpus_task is not None
+    assert task.corpus_split is not None
+    items = corpus.items(task.corpus_task, task.corpus_split)
+    if not chat_template:
+        return [{"prompt": _lines(item["messages"]), "target": item["answer"] + "\n"} for item in items]
+    end = end_of_turn(tokenizer)
+    return [{"prompt": _render(tokenizer, item["messages"]), "target": item["answer"] + end} for item in items]
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What an assistant has to write after its answer: up to and with the first special token of the template.
+
+    `<|im_end|>` of the `<|im_end|>\\n` in ChatML, `<|eot_id|>` in Llama 3, ` </s>` in Llama 2. A template that closes
+    a turn with plain text gives all of that text; one that adds nothing gives the tokenizer's end of sequence.
+
+    Raises:
+        ConfigError: there is no chat template, or it leaves out or alters what the assistant said.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "this checkpoint's tokenizer has no chat template",
+            "set `eval.chat_template: false` to score it on plain text, or save the template with the tokenizer",
+        )
+    exchange = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": _REPLY}]
+    rendered: str = tokenizer.apply_chat_template(exchange, tokenize=False)
+    _, found, rest = rendered.rpartition(_REPLY)
+    if not found:
+        raise ConfigError("the chat template does not show what the assistant said", "check the template")
+    starts = {rest.find(token): token for token in sorted(_special_tokens(tokenizer), key=len) if token in rest}
+    if starts:
+        first = min(starts)
+        return rest[: first + len(starts[first])]
+    return rest or tokenizer.eos_token or ""
+
+
+def rendering_key(tokenizer: Any) -> str:
+    """Equal for two tokenizers whose chat template turns the same items into the same text."""
+    return digest([tokenizer.chat_template, tokenizer.special_tokens_map, sorted(_special_tokens(tokenizer))])
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _lines(messages: list[dict[str, str]]) -> str:
+    return "".join(message["content"] + "\n" for message in messages)
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """Texts of the tokens marked special, whether they have a role (`eos_token`) or are only added."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)

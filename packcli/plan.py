@@ -1,0 +1,359 @@
+"""A sweep as work orders with ids. Pure: the same spec and fingerprints give the same plan, byte for byte.
+
+An id hashes all that an output depends on and nothing else, so cells that resolve to equal stages share
+them, and a label, a path or a thread count never makes work happen twice. When the meaning of a stage's
+code changes, raise its VERSION by hand: `tests/golden/ids.json` turns that into a visible decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import orjson
+
+from packcli.config import (
+    ARMS,
+    TRAIN_EXECUTION_KEYS,
+    ArmSpec,
+    CellSpec,
+    DataSpec,
+    EvalSpec,
+    ModelSpec,
+    Spec,
+    SweepSpec,
+    TrainSpec,
+)
+from packcli.files import digest
+
+Kind = Literal["tokens", "index", "train", "eval"]
+VERSIONS: dict[Kind, int] = {"tokens": 1, "index": 1, "train": 1, "eval": 1}
+
+Fingerprints = Mapping[str, str]
+_LAYOUT_KEYS = frozenset({"layout", "pad_to", "packer", "overlong"})
+
+
+class TokenizerOrder(Spec):
+    """A tokenizer by name, or the recipe to train one on `sources` (their training split only)."""
+
+    name: str | None = None
+    revision: str | None = None
+    sources: tuple[str, ...] = ()
+    mapping: dict[str, str] | None = None
+    max_documents: int | None = None
+    validation: float = 0.0
+    template: str = ""
+    vocab_size: int = 0
+
+
+class TokensOrder(Spec):
+    id: str
+    sources: tuple[str, ...]
+    mapping: dict[str, str] | None
+    max_documents: int | None
+    train_on: str
+    template: str | None
+    tokenizer: TokenizerOrder
+
+
+class IndexOrder(Spec):
+    id: str
+    tokens: str
+    max_length: int
+    validation: float
+    seed: int
+    arm: ArmSpec
+
+
+class TrainOrder(Spec):
+    """`base`: the train id whose final weights this run starts from; `random_weights`: it starts from none."""
+
+    id: str
+    tokens: str
+    index: str
+    base: str | None
+    model: ModelSpec
+    arm: ArmSpec
+    train: TrainSpec
+    max_length: int
+    seed: int
+
+    @property
+    def random_weights(self) -> bool:
+        return self.model.config is not None and self.base is None
+
+
+class EvalOrder(Spec):
+    id: str
+    train: str
+    task: str
+    eval: EvalSpec
+
+
+class Cell(Spec):
+    """One point of the sweep: its labels and the ids of its stages (`evals`: task -> id)."""
+
+    id: str
+    labels: dict[str, str]
+    tokens: str
+    index: str
+    train: str
+    evals: dict[str, str]
+
+
+class Plan(Spec):
+    """All work of a sweep, each order once. `shared`: train ids of base models."""
+
+    name: str
+    baseline: str | None
+    axes: dict[str, tuple[str, ...]]
+    cells: tuple[Cell, ...]
+    shared: tuple[str, ...]
+    tokens: dict[str, TokensOrder]
+    indexes: dict[str, IndexOrder]
+    trains: dict[str, TrainOrder]
+    evals: dict[str, EvalOrder]
+
+    def order(self, kind: Kind, id_: str) -> TokensOrder | IndexOrder | TrainOrder | EvalOrder:
+        """The work order of one stage."""
+        match kind:
+            case "tokens":
+                return self.tokens[id_]
+            case "index":
+                return self.indexes[id_]
+            case "train":
+                return self.trains[id_]
+            case "eval":
+                return self.evals[id_]
+
+    def inputs(self, kind: Kind, id_: str) -> tuple[tuple[Kind, str], ...]:
+        """The stages whose output this one reads."""
+        match kind:
+            case "tokens":
+                return ()
+            case "index":
+                return (("tokens", self.indexes[id_].tokens),)
+            case "train":
+                order = self.trains[id_]
+                base: tuple[tuple[Kind, str], ...] = (("train", order.base),) if order.base else ()
+                return (("index", order.index), *base)
+            case "eval":
+                return (("train", self.evals[id_].train),)
+
+    def stages(self) -> tuple[tuple[Kind, str], ...]:
+        """Every stage once, each after its inputs."""
+        trains = sorted(self.trains, key=lambda id_: self.trains[id_].base is not None)
+        return (
+            *(("tokens", id_) for id_ in self.tokens),
+            *(("index", id_) for id_ in self.indexes),
+            *(("train", id_) for id_ in trains),
+            *(("eval", id_) for id_ in self.evals),
+        )
+
+
+def task_key(task: str, spec: EvalSpec) -> str:
+    """The fingerprint key of a task under one protocol."""
+    protocol = [task, spec.limit, spec.chat_template, spec.bench_data, spec.engine]
+    return f"task:{orjson.dumps(protocol).decode()}"
+
+
+def needed(spec: SweepSpec) -> tuple[str, ...]:
+    """Keys of all fingerprints that `plan` will look up: `kind:value`."""
+    keys: dict[str, None] = {}
+    for _, cell in spec.cells:
+        for data in (cell.data, *([cell.model.base.data] if cell.model.base else [])):
+            keys.update(dict.fromkeys(f"data:{source}" for source in data.sources))
+            keys[f"template:{_template(data, cell.model) or ''}"] = None
+        tokenizer = _tokenizer_name(cell.model)
+        if tokenizer is not None:
+            keys[f"tokenizer:{_at(tokenizer, cell.model.revision)}"] = None
+        if cell.model.config is None:
+            keys[f"model:{_at(cell.model.name or '', cell.model.revision)}"] = None
+        keys.update(dict.fromkeys(task_key(task, cell.eval) for task in cell.eval.tasks))
+    return tuple(keys)
+
+
+def plan(spec: SweepSpec, fingerprints: Fingerprints) -> Plan:
+    """Work orders for every cell; `spec.cells[*].eval.tasks` must already be single tasks, not groups."""
+    builder = _Builder(fingerprints)
+    cells = tuple(builder.cell(labels, cell) for labels, cell in spec.cells)
+    return Plan(
+        name=spec.name,
+        baseline=spec.baseline,
+        axes=spec.axes,
+        cells=cells,
+        shared=tuple(builder.shared),
+        tokens=builder.tokens,
+        indexes=builder.indexes,
+        trains=builder.trains,
+        evals=builder.evals,
+    )
+
+
+class _Builder:
+    """Collects orders by id while cells are resolved."""
+
+    def __init__(self, fingerprints: Fingerprints) -> None:
+        self._fingerprints = fingerprints
+        self.tokens: dict[str, TokensOrder] = {}
+        self.indexes: dict[str, IndexOrder] = {}
+        self.trains: dict[str, TrainOrder] = {}
+        self.evals: dict[str, EvalOrder] = {}
+        self.shared: dict[str, None] = {}
+
+    def cell(self, labels: dict[str, str], spec: CellSpec) -> Cell:
+        base = None
+        if (block := spec.model.base) is not None:
+            arm = ArmSpec.model_validate(ARMS[block.arm])
+            base = self._train(spec, block.data, arm, block.train, block.seed, base=None)
+            self.shared[base.id] = None
+        order = self._train(spec, spec.data, spec.arm, spec.train, spec.seed, base=base)
+        evals = {task: self._eval(order.id, task, spec.eval) for task in spec.eval.tasks}
+        identity = digest([order.id, sorted(evals.values())])
+        return Cell(
+            id=identity, labels=labels, tokens=order.tokens, index=order.index, train=order.id, evals=evals
+        )
+
+    def _train(
+        self,
+        spec: CellSpec,
+        data: DataSpec,
+        arm: ArmSpec,
+        train: TrainSpec,
+        seed: int,
+        *,
+        base: TrainOrder | None,
+    ) -> TrainOrder:
+        unit = arm.batch_unit or train.batch_unit
+        if arm.one_document_per_row and unit == "documents":
+            unit = "rows"  # the same batches: cells of both labels share one run
+        arm = arm.model_copy(update={"batch_unit": None})
+        train = train.model_copy(update={"batch_unit": unit})
+        tokens = self._tokens(spec, data)
+        index = self._index(tokens.id, data, arm, seed)
+        model = spec.model.model_copy(update={"base": None})
+        identity = {
+            "version": VERSIONS["train"],
+            "index": index.id,
+            "model": self._weights(model, base),
+            "train": train.model_dump(exclude=set(TRAIN_EXECUTION_KEYS)),
+            "arm": arm.model_dump(include={"attention", "positions", "loss"}),
+            "seed": seed,
+        }
+        order = TrainOrder(
+            id=digest(identity),
+            tokens=tokens.id,
+            index=index.id,
+            base=base.id if base else None,
+            model=model,
+            arm=arm,
+            train=train,
+            max_length=data.max_length,
+            seed=seed,
+        )
+        return self.trains.setdefault(order.id, order)
+
+    def _weights(self, model: ModelSpec, base: TrainOrder | None) -> dict[str, Any]:
+        if base is not None:
+            return {"base": base.id, "dtype": model.dtype}
+        if model.config is not None:
+            return {"config": model.config, "dtype": model.dtype}
+        checkpoint = self._fingerprints[f"model:{_at(model.name or '', model.revision)}"]
+        return {"checkpoint": checkpoint, "dtype": model.dtype}
+
+    def _tokens(self, spec: CellSpec, data: DataSpec) -> TokensOrder:
+        tokenizer, identity_of_tokenizer = self._tokenizer(spec)
+        template = _template(data, spec.model)
+        identity = {
+            "version": VERSIONS["tokens"],
+            "sources": [self._fingerprints[f"data:{source}"] for source in data.sources],
+            "mapping": data.mapping,
+            "max_documents": data.max_documents,
+            "train_on": data.train_on,
+            "template": self._fingerprints[f"template:{template or ''}"],
+            "tokenizer": identity_of_tokenizer,
+        }
+        order = TokensOrder(
+            id=digest(identity),
+            sources=data.sources,
+            mapping=data.mapping,
+            max_documents=data.max_documents,
+            train_on=data.train_on,
+            template=template,
+            tokenizer=tokenizer,
+        )
+        return self.tokens.setdefault(order.id, order)
+
+    def _tokenizer(self, spec: CellSpec) -> tuple[TokenizerOrder, object]:
+        """Always the cell's tokenizer, also for its base: the two share one vocabulary."""
+        name = _tokenizer_name(spec.model)
+        if name is not None:
+            order = TokenizerOrder(name=name, revision=spec.model.revision)
+            return order, self._fingerprints[f"tokenizer:{_at(name, spec.model.revision)}"]
+        data, template = spec.data, _template(spec.data, spec.model) or ""
+        order = TokenizerOrder(
+            sources=data.sources,
+            mapping=data.mapping,
+            max_documents=data.max_documents,
+            validation=data.validation,
+            template=template,
+            vocab_size=spec.model.vocab_size or 0,
+        )
+        identity = order.model_dump()
+        identity["sources"] = [self._fingerprints[f"data:{source}"] for source in data.sources]
+        identity["template"] = self._fingerprints[f"template:{template}"]
+        return order, identity
+
+    def _index(self, tokens: str, data: DataSpec, arm: ArmSpec, seed: int) -> IndexOrder:
+        identity = {
+            "version": VERSIONS["index"],
+            "tokens": tokens,
+            "max_length": data.max_length,
+            "validation": data.validation,
+            "seed": seed,
+            "layout": arm.model_dump(include=set(_LAYOUT_KEYS)),
+        }
+        order = IndexOrder(
+            id=digest(identity),
+            tokens=tokens,
+            max_length=data.max_length,
+            validation=data.validation,
+            seed=seed,
+            arm=arm,
+        )
+        return self.indexes.setdefault(order.id, order)
+
+    def _eval(self, train: str, task: str, spec: EvalSpec) -> str:
+        key = task_key(task, spec)
+        identity = digest({"version": VERSIONS["eval"], "train": train, "task": self._fingerprints[key]})
+        self.evals.setdefault(identity, EvalOrder(id=identity, train=train, task=task, eval=spec))
+        return identity
+
+
+def _tokenizer_name(model: ModelSpec) -> str | None:
+    """The tokenizer to load, or None when one is trained."""
+    return None if model.tokenizer == "train" else model.tokenizer or model.name
+
+
+def _template(data: DataSpec, model: ModelSpec) -> str | None:
+    """The chat template by name or path; None: the tokenizer's own. A trained tokenizer has none yet."""
+    return data.template or ("chatml" if model.tokenizer == "train" else None)
+
+
+def _at(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
+
+
+def closure(plan_: Plan, targets: Iterable[tuple[Kind, str]]) -> tuple[tuple[Kind, str], ...]:
+    """`targets` and all they depend on, each once and after its inputs."""
+    seen: dict[tuple[Kind, str], None] = {}
+
+    def visit(stage: tuple[Kind, str]) -> None:
+        if stage not in seen:
+            for upstream in plan_.inputs(*stage):
+                visit(upstream)
+            seen[stage] = None
+
+    for target in targets:
+        visit(target)
+    return tuple(seen)

@@ -1,0 +1,308 @@
+"""The stages: "manifest there? return it; else do the work, then write it". And what a plan is made from.
+
+Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries load inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packcli.config import EvalSpec, SweepSpec
+from packcli.data import chat, sources
+from packcli.errors import ConfigError, IntegrityError, PackcliError, RunError
+from packcli.eval import protocol
+from packcli.files import digest, read_json, sha256_file, write_json, write_jsonl
+from packcli.plan import EvalOrder, IndexOrder, Kind, Plan, TokensOrder, TrainOrder, needed, plan, task_key
+from packcli.store import Manifest, Store
+
+if TYPE_CHECKING:
+    from packcli.eval.harness import Harness
+
+Note = Callable[[int, int, str], None]
+"""Progress of one stage: (done, total or 0 when unknown, a short remark)."""
+
+
+def silent(done: int, total: int, remark: str) -> None:
+    """The note of a stage nobody watches."""
+
+
+# What a plan is made from ------------------------------------------------------------------------------
+
+
+def make_plan(spec: SweepSpec, store: Store) -> Plan:
+    """Expand task groups, fingerprint every input, and plan.
+
+    Raises:
+        ConfigError: a task, data file, template or local model that does not exist.
+    """
+    cells = tuple(
+        (labels, cell.model_copy(update={"eval": cell.eval.model_copy(update={"tasks": _tasks(cell.eval)})}))
+        for labels, cell in spec.cells
+    )
+    expanded = spec.model_copy(update={"cells": cells})
+    return plan(expanded, fingerprints(expanded, store))
+
+
+def _tasks(spec: EvalSpec) -> tuple[str, ...]:
+    return protocol.expand(spec.tasks)
+
+
+def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
+    """One fingerprint for every key `plan` looks up; the only function that makes them."""
+    hashes = _FileHashes(store)
+    evals = {task_key(task, cell.eval): (task, cell.eval) for _, cell in spec.cells for task in cell.eval.tasks}
+    found: dict[str, str] = {}
+    for key in needed(spec):
+        kind, _, value = key.partition(":")
+        match kind:
+            case "data":
+                found[key] = sources.fingerprint(value, hashes.sha256)
+            case "template":
+                found[key] = digest(chat.template_text(value)) if value else "tokenizer"
+            case "tokenizer" | "model":
+                found[key] = _checkpoint(value, hashes, weights=kind == "model")
+            case _:
+                found[key] = _task_fingerprint(*evals[key])
+    hashes.save()
+    return found
+
+
+def _checkpoint(name: str, hashes: _FileHashes, *, weights: bool) -> str:
+    """A local directory by its files; a hub id by its name and revision, which is provisional for a branch."""
+    directory = Path(name)
+    if not directory.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise ConfigError(f"no checkpoint directory `{name}`", "check `model.name` and `model.tokenizer`")
+        return name
+    endings = (".json", ".jinja", ".model", ".txt", *((".safetensors",) if weights else ()))
+    files = sorted(file for file in directory.iterdir() if file.suffix in endings)
+    return digest([[file.name, hashes.sha256(file)] for file in files])
+
+
+def _task_fingerprint(task: str, spec: EvalSpec) -> str:
+    return protocol.fingerprint(
+        task, limit=spec.limit, chat_template=spec.chat_template, bench_data=_bench_data(spec)
+    )
+
+
+class _FileHashes:
+    """sha256 of files, remembered by size, modification time and inode."""
+
+    def __init__(self, store: Store) -> None:
+        self._path = store.fingerprints_file()
+        try:
+            self._known: dict[str, Any] = read_json(self._path)
+        except (FileNotFoundError, ValueError):
+            self._known = {}
+        self._changed = False
+
+    def sha256(self, file: Path) -> str:
+        stat = file.stat()
+        name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = self._known.get(name)
+        if not entry or entry["key"] != key:
+            entry = self._known[name] = {"key": key, "sha256": sha256_file(file)}
+            self._changed = True
+        return str(entry["sha256"])
+
+    def save(self) -> None:
+        if self._changed:
+            write_json(self._path, self._known)
+
+
+# The stages --------------------------------------------------------------------------------------------
+
+
+def run(kind: Kind, order: TokensOrder | IndexOrder | TrainOrder, store: Store, note: Note = silent) -> Manifest:
+    """Do one stage other than eval, unless it is done."""
+    match order:
+        case TokensOrder():
+            return prepare_tokens(order, store, note)
+        case IndexOrder():
+            return prepare_index(order, store)
+        case TrainOrder():
+            return train(order, store, note)
+
+
+def prepare_tokens(order: TokensOrder, store: Store, note: Note = silent) -> Manifest:
+    """Conversations -> token store."""
+    if manifest := store.manifest("tokens", order.id):
+        return manifest
+    from packcli.data import tokens
+
+    with store.writing("tokens", order.id):
+        counts = tokens.build(order, store, lambda remark: note(0, 0, remark))
+        return store.commit(
+            "tokens", order.id, spec=order.model_dump(mode="json"), inputs={}, results=counts, provenance={}
+        )
+
+
+def prepare_index(order: IndexOrder, store: Store) -> Manifest:
+    """Token store -> row index and ledger."""
+    if manifest := store.manifest("index", order.id):
+        return manifest
+    from packcli.data import index
+
+    source = _upstream(store, "tokens", order.tokens)
+    with store.writing("index", order.id):
+        built, held_out, ledger = index.build(
+            order, open_tokens(store, source), source.results["conversations"], source.results["rejected"]
+        )
+        index.write(store.rows(order.id), built)
+        index.write(store.validation(order.id), held_out)
+        return store.commit(
+            "index",
+            order.id,
+            spec=order.model_dump(mode="json"),
+            inputs={"tokens": order.tokens},
+            results={"ledger": ledger},
+            provenance={},
+        )
+
+
+def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
+    """Row index (and base) -> checkpoint. Under torchrun every rank calls this; rank 0 writes."""
+    if manifest := store.manifest("train", order.id):
+        return manifest
+    source = _upstream(store, "tokens", order.tokens)
+    _upstream(store, "index", order.index)
+    if order.base is not None:
+        _same_tokenizer(store, source, _upstream(store, "train", order.base))
+    from packcli.train import distributed, loop
+
+    def work() -> dict[str, Any]:
+        return loop.train(
+            order,
+            store,
+            stop_token_ids=source.results["stop_token_ids"],
+            files=source.results["files"],
+            shards=source.results["shards"],
+            note=note,
+        )
+
+    if distributed.rank() != 0:
+        work()
+        manifest = store.manifest("train", order.id)
+        return manifest or Manifest.model_construct(stage="train", id=order.id, results={})
+    with store.writing("train", order.id):
+        results = work()
+        tokenizer = source.outputs["tokenizer/tokenizer.json"].sha256
+        return store.commit(
+            "train",
+            order.id,
+            spec=order.model_dump(mode="json"),
+            inputs={"tokens": order.tokens, "index": order.index, **({"base": order.base} if order.base else {})},
+            results={**results, "tokenizer_sha256": tokenizer},
+            provenance={},
+        )
+
+
+def evaluate(
+    orders: Sequence[EvalOrder], store: Store, harness: Harness, note: Note = silent
+) -> Iterator[tuple[EvalOrder, Manifest | PackcliError]]:
+    """Score one checkpoint on the tasks that are missing; a task that cannot run leaves the others alone."""
+    todo = []
+    for order in orders:
+        if manifest := store.manifest("eval", order.id):
+            yield order, manifest
+        else:
+            todo.append(order)
+    if not todo:
+        return
+    _upstream(store, "train", todo[0].train)
+    results = _Scores(harness, store.final(todo[0].train))
+    for number, order in enumerate(todo):
+        note(number, len(todo), order.task)
+        try:
+            with store.writing("eval", order.id):
+                result, samples = results.take(order, todo[number:])
+                yield order, _commit_scores(order, store, result, samples)
+        except PackcliError as error:
+            yield order, error
+
+
+class _Scores:
+    """Scores tasks in turn with one load of the model; a task whose files are missing is stepped over."""
+
+    def __init__(self, harness: Harness, checkpoint: Path) -> None:
+        self._harness, self._checkpoint = harness, checkpoint
+        self._running: Iterator[Any] | None = None
+
+    def take(self, order: EvalOrder, rest: Sequence[EvalOrder]) -> tuple[Any, list[Any]]:
+        protocol.check_files(order.task, _bench_data(order.eval))
+        if self._running is None:
+            runnable = [other.task for other in rest if _has_files(other)]
+            self._running = self._harness.evaluate(self._checkpoint, runnable)
+        result, samples = next(self._running)
+        return result, samples
+
+
+def _has_files(order: EvalOrder) -> bool:
+    try:
+        protocol.check_files(order.task, _bench_data(order.eval))
+    except PackcliError:
+        return False
+    return True
+
+
+def _bench_data(spec: EvalSpec) -> Path | None:
+    return Path(spec.bench_data) if spec.bench_data else None
+
+
+def harness_for(spec: EvalSpec) -> Harness:
+    """The harness of one protocol; keep it: it holds the parsed tasks."""
+    from packcli.eval.harness import Harness
+
+    return Harness(bench_data=_bench_data(spec), limit=spec.limit, chat_template=spec.chat_template)
+
+
+def _commit_scores(order: EvalOrder, store: Store, result: Any, samples: list[Any]) -> Manifest:
+    record = asdict(result)
+    write_jsonl(store.samples(order.id), samples)
+    write_json(store.results(order.id), record)
+    return store.commit(
+        "eval",
+        order.id,
+        spec=order.model_dump(mode="json"),
+        inputs={"train": order.train},
+        results=record,
+        provenance={},
+    )
+
+
+def open_tokens(store: Store, manifest: Manifest) -> Any:
+    """The token store of a finished tokens stage, opened for reading."""
+    from packcli.data.tokens import Tokens
+
+    return Tokens(store, manifest.id, files=manifest.results["files"], shards=manifest.results["shards"])
+
+
+def _upstream(store: Store, kind: Kind, id_: str) -> Manifest:
+    manifest = store.manifest(kind, id_)
+    if manifest is None:
+        command = {"tokens": "prepare", "index": "prepare", "train": "train", "eval": "eval"}[kind]
+        raise RunError(
+            f"{kind} {id_} is missing", f"run `packcli {command} SWEEP` first, or `packcli sweep SWEEP`"
+        )
+    return manifest
+
+
+def _same_tokenizer(store: Store, source: Manifest, base: Manifest) -> None:
+    own = source.outputs["tokenizer/tokenizer.json"].sha256
+    if own != base.results["tokenizer_sha256"]:
+        raise IntegrityError(
+            f"base {base.id} was trained with another tokenizer than tokens {source.id}",
+            f"delete {store.directory('train', base.id)} and run again",
+        )
+
+
+def states(plan_: Plan, store: Store) -> dict[tuple[Kind, str], str]:
+    """The state of every stage of a plan, from disk."""
+    return {stage: store.state(*stage) for stage in plan_.stages()}
+
+
+def unfinished(stages: Iterable[tuple[Kind, str]], store: Store) -> list[tuple[Kind, str]]:
+    return [stage for stage in stages if store.state(*stage) != "done"]

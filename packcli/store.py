@@ -1,0 +1,288 @@
+"""Every path and manifest of a run directory. The file system is the database: no other file spells a path.
+
+    runs/<sweep>/plan.json
+    runs/store/fingerprints.json                 hashes of input files, by size, mtime and inode
+    runs/store/tokens/<id>/  tokenizer/  shard-00000.arrow  shard-00000.json  rejected.jsonl
+    runs/store/index/<id>/   rows.arrow  validation.arrow
+    runs/store/train/<id>/   config.yaml  metrics.jsonl  checkpoint-<step>/  final/
+    runs/store/eval/<id>/    results.json  samples.jsonl
+
+In each stage directory `manifest.json`, written last, means done and `failure.json` failed. Deleting a
+directory is the reset. `metrics.jsonl` is a log: it holds times, so no checksum is kept of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packcli import __version__
+from packcli.config import Spec
+from packcli.errors import IntegrityError, PackcliError, RunError
+from packcli.files import locked, read_json, sha256_file, write_json
+from packcli.plan import VERSIONS, Kind, Plan
+
+State = Literal["pending", "running", "done", "failed"]
+
+LOGS = frozenset({"metrics.jsonl"})
+
+
+class FileRecord(Spec):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Spec):
+    """What a stage made, from what. `outputs`: path inside the directory -> checksum."""
+
+    stage: Kind
+    id: str
+    version: int
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, FileRecord]
+    results: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+class Store:
+    """The run directory `root` (default `runs/`)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def sweep(self, name: str) -> Path:
+        return self.root / name
+
+    def plan_file(self, name: str) -> Path:
+        return self.sweep(name) / "plan.json"
+
+    def fingerprints_file(self) -> Path:
+        return self.root / "store" / "fingerprints.json"
+
+    def directory(self, kind: Kind, id_: str) -> Path:
+        return self.root / "store" / kind / id_
+
+    def manifest_file(self, kind: Kind, id_: str) -> Path:
+        return self.directory(kind, id_) / "manifest.json"
+
+    def failure_file(self, kind: Kind, id_: str) -> Path:
+        return self.directory(kind, id_) / "failure.json"
+
+    def tokenizer(self, tokens: str) -> Path:
+        return self.directory("tokens", tokens) / "tokenizer"
+
+    def shard(self, tokens: str, number: int) -> Path:
+        return self.directory("tokens", tokens) / f"shard-{number:05d}.arrow"
+
+    def shard_record(self, tokens: str, number: int) -> Path:
+        return self.directory("tokens", tokens) / f"shard-{number:05d}.json"
+
+    def rejected(self, tokens: str) -> Path:
+        return self.directory("tokens", tokens) / "rejected.jsonl"
+
+    def rows(self, index: str) -> Path:
+        return self.directory("index", index) / "rows.arrow"
+
+    def validation(self, index: str) -> Path:
+        return self.directory("index", index) / "validation.arrow"
+
+    def config(self, train: str) -> Path:
+        return self.directory("train", train) / "config.yaml"
+
+    def metrics(self, train: str) -> Path:
+        return self.directory("train", train) / "metrics.jsonl"
+
+    def checkpoint(self, train: str, step: int) -> Path:
+        return self.directory("train", train) / f"checkpoint-{step}"
+
+    def checkpoints(self, train: str) -> list[tuple[int, Path]]:
+        """Checkpoint directories, newest first, complete or not."""
+        found = [(int(path.name.partition("-")[2]), path) for path in self._glob(train, "checkpoint-*")]
+        return sorted(found, reverse=True)
+
+    def _glob(self, train: str, pattern: str) -> Iterable[Path]:
+        paths = self.directory("train", train).glob(pattern)
+        return [path for path in paths if path.name.partition("-")[2].isdigit()]
+
+    def final(self, train: str) -> Path:
+        return self.directory("train", train) / "final"
+
+    def results(self, eval_: str) -> Path:
+        return self.directory("eval", eval_) / "results.json"
+
+    def samples(self, eval_: str) -> Path:
+        return self.directory("eval", eval_) / "samples.jsonl"
+
+    def state(self, kind: Kind, id_: str) -> State:
+        if self.manifest_file(kind, id_).exists():
+            return "done"
+        if self.failure_file(kind, id_).exists():
+            return "failed"
+        return "running" if _is_locked(self.directory(kind, id_) / ".lock") else "pending"
+
+    def manifest(self, kind: Kind, id_: str) -> Manifest | None:
+        """The manifest of a finished stage, or None.
+
+        Raises:
+            IntegrityError: the file is there but is no manifest of this stage.
+        """
+        path = self.manifest_file(kind, id_)
+        try:
+            manifest = Manifest.model_validate(read_json(path))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise IntegrityError(f"{path}: not a manifest", f"delete {path.parent} and run again") from error
+        if (manifest.stage, manifest.id) != (kind, id_):
+            raise IntegrityError(f"{path}: belongs to {manifest.stage} {manifest.id}", f"delete {path.parent}")
+        return manifest
+
+    @contextlib.contextmanager
+    def writing(self, kind: Kind, id_: str) -> Iterator[Path]:
+        """The directory of a stage, held by this process; an error leaves `failure.json`, a kill nothing."""
+        directory = self.directory(kind, id_)
+        with locked(directory, f"{kind} {id_}"):
+            self.failure_file(kind, id_).unlink(missing_ok=True)
+            try:
+                yield directory
+            except PackcliError as error:
+                write_json(self.failure_file(kind, id_), {"cause": error.cause, "fix": error.fix})
+                raise
+
+    def commit(
+        self,
+        kind: Kind,
+        id_: str,
+        *,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        results: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+    ) -> Manifest:
+        """Write the manifest over every file of the stage directory: from here on the stage is done."""
+        directory = self.directory(kind, id_)
+        manifest = Manifest(
+            stage=kind,
+            id=id_,
+            version=VERSIONS[kind],
+            spec=dict(spec),
+            inputs=dict(inputs),
+            outputs=records(directory),
+            results=dict(results),
+            provenance={**machine(), **provenance},
+        )
+        write_json(self.manifest_file(kind, id_), manifest.model_dump())
+        return manifest
+
+    def remove(self, directory: Path) -> None:
+        """Delete a directory of ours, nothing outside the run directory."""
+        if not directory.resolve().is_relative_to(self.root.resolve()):
+            raise RunError(f"refusing to delete {directory}: it is outside {self.root}")
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def write_plan(self, plan: Plan) -> None:
+        write_json(self.plan_file(plan.name), plan.model_dump())
+
+
+def records(directory: Path) -> dict[str, FileRecord]:
+    """sha256 and size of every file below `directory`, logs, locks and unfinished files left out."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        unfinished = path.name == ".lock" or ".tmp-" in path.name
+        if path.is_file() and not unfinished and name not in LOGS and name != "manifest.json":
+            found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+    return found
+
+
+def verify(directory: Path) -> int:
+    """Check every file of a stage or checkpoint directory against its manifest; how many were checked.
+
+    Raises:
+        IntegrityError: no manifest, or a file that is missing, short or changed.
+    """
+    path = directory / "manifest.json"
+    try:
+        outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)["outputs"].items()}
+    except FileNotFoundError:
+        raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{path}: not a manifest") from None
+    for name, record in outputs.items():
+        file = directory / name
+        if not file.is_file():
+            raise IntegrityError(f"{file}: missing", f"delete {directory} and run again")
+        if (size := file.stat().st_size) != record.bytes:
+            raise IntegrityError(f"{file}: {size:,} bytes, not {record.bytes:,}", f"delete {directory}")
+        if sha256_file(file) != record.sha256:
+            raise IntegrityError(f"{file}: its bytes changed (sha256 differs)", f"delete {directory}")
+    return len(outputs)
+
+
+def normalized(value: Any) -> Any:
+    """`value` without what changes from run to run: provenance, times, rates, peaks."""
+    if isinstance(value, Mapping):
+        return {key: normalized(inner) for key, inner in value.items() if not _varies(str(key))}
+    if isinstance(value, list | tuple):
+        return [normalized(inner) for inner in value]
+    return value
+
+
+def _varies(key: str) -> bool:
+    return key in ("provenance", "mfu") or key.endswith(("_s", "_per_s")) or key.startswith("peak_")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a stage ran, from an allow-list: never the environment."""
+    return {
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "commit": _commit(),
+    }
+
+
+@cache
+def _packages() -> dict[str, str]:
+    found = {"packcli": __version__}
+    for name in ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "lm_eval"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the source tree packcli runs from, `-dirty` when changed; None when installed."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and (here.parent / ".git").exists() else None

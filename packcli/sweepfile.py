@@ -1,0 +1,382 @@
+"""A sweep file as typed cells: YAML with line numbers, the matrix, `--only`, `--set`, all problems at once.
+
+The file is multiplied out first and each cell validated after, so a matrix may set any key, and what is
+hashed later is the validated model, never the YAML text.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from packcli.config import ARMS, NAME_PATTERN, CellSpec, SweepSpec
+from packcli.errors import ConfigError
+
+MAX_CELLS = 10_000
+_TOP_KEYS = ("name", "model", "data", "train", "eval", "matrix", "include", "exclude", "arms", "baseline")
+_SECTIONS = ("model", "data", "train", "eval")
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+
+KeyPath = tuple[str, ...]
+
+
+class Lines(dict[KeyPath, int]):
+    """The line (from 1) of every key by its path, and the text of every scalar as it was typed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[KeyPath, str] = {}
+
+
+class Value(NamedTuple):
+    """A value of the matrix and its label: the text in the file (`1e-5`, not `1e-05`)."""
+
+    value: Any
+    label: str
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that `1e-5` is a number, as YAML 1.2 has it."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
+    """The sweep in `path` with `--set` applied and cells chosen by `--only`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has problems; all of them in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no sweep file `{path}`", "give a path such as sweeps/tiny.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read `{path}`: {error}") from None
+    document, lines = parse(text, str(path))
+    problems = Problems(str(path), lines)
+    spec = _build(document, lines, problems, sets)
+    problems.raise_if_any()
+    assert spec is not None
+    return _select(spec, only)
+
+
+def parse(text: str, where: str) -> tuple[dict[str, Any], Lines]:
+    """YAML text as a dictionary, and the line (from 1) of every key by its path."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{where}: a sweep file is a mapping of keys to values")
+        lines = Lines()
+        _walk(node, (), lines, where)
+        return dict(_Loader(text).construct_document(node)), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"{where}{line}: not valid YAML: {problem}", "only plain YAML is read, no tags"
+        ) from None
+
+
+def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, str(key.value))
+            line = key.start_mark.line + 1
+            if inner in lines:
+                name = ".".join(inner)
+                raise ConfigError(
+                    f"{where}:{line}: duplicate key `{name}`, first on line {lines[inner]}", "keep one"
+                )
+            lines[inner] = line
+            _walk(value, inner, lines, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, str(index))] = value.start_mark.line + 1
+            _walk(value, (*path, str(index)), lines, where)
+    elif isinstance(node, yaml.ScalarNode):
+        lines.texts[path] = node.value
+
+
+class Problems:
+    """All that is wrong with a file, each said once, with its line and the nearest key."""
+
+    def __init__(self, where: str, lines: Lines) -> None:
+        self._where, self._lines, self._found = where, lines, dict[str, None]()
+
+    def add(self, path: tuple[str, ...], message: str) -> None:
+        known = path
+        while known and known not in self._lines:
+            known = known[:-1]
+        line = f":{self._lines[known]}" if known else ""
+        self._found[f"{self._where}{line}: {message}"] = None
+
+    def unknown(self, path: tuple[str, ...], key: str, keys: Sequence[str]) -> None:
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(keys)}"
+        dotted = ".".join([*path[:-1], key])
+        self.add(path, f"unknown key `{dotted}`; {hint}")
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise ConfigError("\n".join(self._found), "keys and values are described in docs/sweep_file.md")
+
+
+def preset(name: str) -> dict[str, Any] | None:
+    """The packaged model block of that name (`tiny`), or None."""
+    if not re.match(NAME_PATTERN, name):
+        return None
+    file = resources.files("packcli") / "presets" / f"{name}.yaml"
+    return parse(file.read_text(), f"presets/{name}.yaml")[0] if file.is_file() else None
+
+
+def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Sequence[str]) -> SweepSpec | None:
+    for key in document:
+        if key not in _TOP_KEYS:
+            problems.unknown((key,), key, _TOP_KEYS)
+    for section in (*_SECTIONS, "matrix", "arms"):
+        if not isinstance(document.get(section) or {}, dict):
+            problems.add((section,), f"`{section}` is a mapping of keys to values")
+            return None
+    name = document.get("name")
+    if not isinstance(name, str) or not re.match(NAME_PATTERN, name):
+        problems.add(("name",), "`name` is required: letters, digits, `.`, `_`, `-`, at most 64")
+    base = {section: dict(document.get(section) or {}) for section in _SECTIONS}
+    fixed = _apply_sets(base, document.get("matrix") or {}, sets, problems)
+    arms = _arms(document.get("arms") or {}, problems)
+    combinations = list(_combinations(document, lines, problems))
+    if len(combinations) > MAX_CELLS:
+        problems.add(("matrix",), f"the matrix has {len(combinations):,} cells; at most {MAX_CELLS:,}")
+        return None
+    cells = []
+    for combination in combinations:
+        cell = _cell(base, {axis: item.value for axis, item in combination.items()}, fixed, arms, problems)
+        if cell is not None:
+            cells.append(({axis: item.label for axis, item in combination.items()}, cell))
+    axes: dict[str, dict[str, None]] = {}
+    for labels, _ in cells:
+        for axis, value in labels.items():
+            axes.setdefault(axis, {})[value] = None
+    baseline = document.get("baseline")
+    arm_labels = tuple(axes.get("arm", {}))
+    if baseline is None:
+        baseline = next((arm for arm in ("padding", "padding_released") if arm in arm_labels), None)
+    elif baseline not in arm_labels:
+        problems.add(("baseline",), f"`baseline: {baseline}` is none of the arms {', '.join(arm_labels)}")
+    problems.raise_if_any()
+    return SweepSpec(
+        name=str(name),
+        baseline=baseline,
+        axes={axis: tuple(values) for axis, values in axes.items()},
+        cells=tuple(cells),
+    )
+
+
+def _apply_sets(
+    base: dict[str, Any], matrix: Mapping[str, Any], sets: Sequence[str], problems: Problems
+) -> frozenset[str]:
+    """Write each `--set` into `base`; the keys set, because they take precedence over an arm's own."""
+    fixed = set()
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"`--set {item}` is not key=value", "for example --set train.lr=1e-5")
+        if key in matrix:
+            raise ConfigError(f"`--set {key}`: it is an axis of the matrix", f"choose with --only {key}=VALUE")
+        _check_path(key, ("--set",), problems)
+        _set(base, key, parse(f"value: {text}", f"--set {key}")[0]["value"])
+        fixed.add(key)
+    return frozenset(fixed)
+
+
+def _arms(own: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
+    arms = dict(ARMS)
+    for name, fields in own.items():
+        fields = dict(fields or {})
+        parent = fields.pop("extends", None)
+        if parent is not None and parent not in arms:
+            problems.add(("arms", name), f"arm `{name}` extends `{parent}`, which is none of {', '.join(arms)}")
+            continue
+        arms[name] = {**(arms[parent] if parent else {}), **fields}
+    return arms
+
+
+def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems) -> Iterator[dict[str, Value]]:
+    """The product of the axes, less `exclude`, with `include` as GitHub Actions reads it."""
+    matrix = document.get("matrix") or {}
+    for axis, values in matrix.items():
+        if not isinstance(values, list) or not values:
+            problems.add(("matrix", axis), f"axis `{axis}` is a list of at least one value")
+            return
+        if axis not in ("arm", "seed"):
+            _check_path(axis, ("matrix", axis), problems)
+    if "arm" not in matrix and not any("arm" in entry for entry in document.get("include") or []):
+        problems.add(("matrix",), f"`matrix.arm` is required: a list of {', '.join(ARMS)} or your own")
+        return
+    size = math.prod(len(values) for values in matrix.values())
+    if size > MAX_CELLS:
+        problems.add(("matrix",), f"the matrix has {size:,} cells; at most {MAX_CELLS:,}")
+        return
+    axes = {
+        axis: [_value(value, ("matrix", axis, str(index)), lines) for index, value in enumerate(values)]
+        for axis, values in matrix.items()
+    }
+    cells = [
+        cell
+        for cell in (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+        if axes and not any(_matches(cell, entry) for entry in document.get("exclude") or [])
+    ]
+    original = [dict(cell) for cell in cells]
+    for index, entry in enumerate(document.get("include") or []):
+        for axis in entry:
+            if axis not in ("arm", "seed"):
+                _check_path(axis, ("include", str(index), axis), problems)
+        labelled = {axis: _value(value, ("include", str(index), axis), lines) for axis, value in entry.items()}
+        shared = {axis: value for axis, value in entry.items() if axis in axes}
+        fits = [cell for cell, before in zip(cells, original, strict=False) if _matches(before, shared)]
+        for cell in fits:
+            cell.update(labelled)
+        if not fits:
+            cells.append(labelled)
+    if not cells:
+        problems.add(("matrix",), "the matrix leaves no cell")
+    yield from cells
+
+
+def _matches(cell: Mapping[str, Value], entry: Mapping[str, Any]) -> bool:
+    return all(axis in cell and cell[axis].value == value for axis, value in entry.items())
+
+
+def _value(value: Any, path: KeyPath, lines: Lines) -> Value:
+    if isinstance(value, list):
+        texts = [lines.texts.get((*path, str(index)), str(item)) for index, item in enumerate(value)]
+        return Value(value, "+".join(texts))
+    return Value(value, lines.texts.get(path, str(value)))
+
+
+def _cell(
+    base: Mapping[str, Any],
+    combination: Mapping[str, Any],
+    fixed: frozenset[str],
+    arms: Mapping[str, dict[str, Any]],
+    problems: Problems,
+) -> CellSpec | None:
+    raw = copy.deepcopy(dict(base))
+    for axis, value in combination.items():
+        if axis not in ("arm", "seed"):
+            _set(raw, axis, value)
+    arm = str(combination.get("arm"))
+    if arm not in arms:
+        near = difflib.get_close_matches(arm, arms, n=1)
+        problems.add(("matrix", "arm"), f"unknown arm `{arm}`; " + (f"did you mean `{near[0]}`?" if near else ""))
+        return None
+    raw["arm"] = dict(arms[arm])
+    if "train.batch_unit" in combination or "train.batch_unit" in fixed:
+        raw["arm"]["batch_unit"] = None  # precedence: matrix or --set, then the arm, then train
+    raw["seed"] = combination.get("seed", 0)
+    name = raw["model"].get("name")
+    if isinstance(name, str) and (block := preset(name)) is not None:
+        raw["model"] = {**block, **raw["model"]}
+    try:
+        return CellSpec.model_validate(raw)
+    except ValidationError as error:
+        _report(error, arm, combination, problems)
+        return None
+
+
+def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], problems: Problems) -> None:
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        if path[:1] == ("arm",):
+            path = ("arms", arm, *path[1:])
+        axis = next((a for a in combination if ".".join(path).startswith(a)), None)
+        marked = ("matrix", axis) if axis and path[:1] != ("arms",) else path
+        if item["type"] == "extra_forbidden":
+            problems.unknown(marked, path[-1], _keys_at(item["loc"][:-1]))
+        elif item["type"] == "missing":
+            problems.add(marked, f"`{'.'.join(path)}` is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = item["input"]
+            value = f", not `{got}`" if isinstance(got, str | int | float | bool) else ""
+            problems.add(marked, f"`{'.'.join(path)}`: {message}{value}")
+
+
+def _keys_at(location: Sequence[int | str]) -> tuple[str, ...]:
+    """Names of the keys allowed at a place in the schema."""
+    model: type[BaseModel] = CellSpec
+    for part in location:
+        field = model.model_fields.get(str(part))
+        models = _models(field.annotation) if field else []
+        if not models:
+            return ()
+        model = models[0]
+    return tuple(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _check_path(dotted: str, marked: tuple[str, ...], problems: Problems) -> None:
+    """Say so when a dotted key of the matrix or `--set` is no key of the schema."""
+    parts = dotted.split(".")
+    if parts[0] not in _SECTIONS:
+        near = [f"{section}.{parts[0]}" for section in _SECTIONS if parts[0] in _keys_at((section,))]
+        sections = ", ".join(_SECTIONS)
+        hint = f"did you mean `{near[0]}`?" if near else f"a dotted key starts with one of {sections}"
+        problems.add(marked, f"unknown key `{dotted}`; {hint}")
+        return
+    for depth, part in enumerate(parts):
+        keys = _keys_at(parts[:depth])
+        if depth and keys and part not in keys:
+            problems.unknown((*marked[:-1], dotted), dotted, [f"{'.'.join(parts[:depth])}.{key}" for key in keys])
+            return
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for part in parents:
+        inner = raw.get(part)
+        raw[part] = dict(inner) if isinstance(inner, dict) else {}
+        raw = raw[part]
+    raw[last] = copy.deepcopy(value)
+
+
+def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
+    """Cells that match every axis named by `--only`; the same axis twice means either value."""
+    wanted: dict[str, set[str]] = {}
+    for item in only:
+        axis, equals, value = item.partition("=")
+        if axis not in spec.axes or not equals:
+            axes = ", ".join(spec.axes)
+            raise ConfigError(
+                f"`--only {item}`: no axis `{axis}` in this sweep", f"write axis=value; axes: {axes}"
+            )
+        if value not in spec.axes[axis]:
+            raise ConfigError(
+                f"`--only {item}`: `{axis}` has no value `{value}`", f"it has {', '.join(spec.axes[axis])}"
+            )
+        wanted.setdefault(axis, set()).add(value)
+    cells = tuple(
+        (labels, cell)
+        for labels, cell in spec.cells
+        if all(labels.get(axis) in values for axis, values in wanted.items())
+    )
+    if not cells:
+        raise ConfigError("no cell matches all of --only", "drop one of them")
+    return spec.model_copy(update={"cells": cells})

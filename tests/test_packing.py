@@ -1,0 +1,327 @@
+"""Packers: what they may never do to a document, and how few rows they must reach."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from packcli import packing
+from packcli.packing import Rows, best_fit, concat, lower_bound, next_fit_decreasing, one_per_row
+
+Ints = NDArray[np.int64]
+Packer = Callable[[Ints, int, np.random.Generator], Rows]
+
+WHOLE: list[Packer] = [next_fit_decreasing, best_fit]
+
+
+def ints(values: list[int]) -> Ints:
+    return np.array(values, np.int64)
+
+
+def fresh() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def uniform(low: int, high: int, num: int) -> Ints:
+    return np.random.default_rng(7).integers(low, high + 1, num)
+
+
+def whole_sets(max_documents: int = 60, max_length: int = 40) -> st.SearchStrategy[tuple[list[int], int]]:
+    """(lengths, max_length) with no document over-long."""
+    return st.integers(1, max_length).flatmap(
+        lambda top: st.tuples(st.lists(st.integers(1, top), max_size=max_documents), st.just(top))
+    )
+
+
+def contents(rows: Rows, lengths: Ints) -> Counter[tuple[int, ...]]:
+    """Rows as multisets of piece lengths: equal up to order and up to equal documents."""
+    sizes = rows.stop - rows.start
+    return Counter(tuple(sorted(part.tolist())) for part in np.split(sizes, rows.offsets[1:-1]) if len(part))
+
+
+def assert_partition(rows: Rows, lengths: Ints, max_length: int | None) -> None:
+    assert all(x.dtype == np.int64 for x in (rows.document, rows.start, rows.stop, rows.offsets))
+    assert rows.offsets[0] == 0
+    assert rows.offsets[-1] == len(rows.document) == len(rows.start) == len(rows.stop)
+    assert (np.diff(rows.offsets) > 0).all(), "an empty row"
+    tokens = rows.tokens()
+    assert len(tokens) == rows.num_rows
+    assert tokens.sum() == lengths.sum()
+    assert max_length is None or not len(tokens) or tokens.max() <= max_length
+    reached = np.zeros(len(lengths), np.int64)
+    for document, start, stop in zip(rows.document, rows.start, rows.stop, strict=True):
+        assert start == reached[document], "a token skipped, doubled or out of order"
+        assert stop > start, "an empty piece"
+        reached[document] = stop
+    assert (reached == lengths).all()
+
+
+# Nothing lost, nothing doubled
+
+
+@pytest.mark.parametrize("packer", WHOLE)
+@given(drawn=whole_sets())
+@example(drawn=([], 1))
+@example(drawn=([], 512))
+@example(drawn=([1], 1))
+@example(drawn=([7], 4096))
+@example(drawn=([1] * 9, 1))
+@example(drawn=([8] * 5, 8))
+@example(drawn=([1] * 17, 8))
+@example(drawn=([5, 4, 4, 3, 2, 2], 10))
+def test_whole_document_packers_lose_no_token_and_cut_no_document(
+    packer: Packer, drawn: tuple[list[int], int]
+) -> None:
+    lengths, max_length = ints(drawn[0]), drawn[1]
+    rows = packer(lengths, max_length, fresh())
+    assert_partition(rows, lengths, max_length)
+    assert not rows.start.any()
+    assert len(rows.document) == len(lengths)
+
+
+@given(values=st.lists(st.integers(1, 100), max_size=60), max_length=st.integers(1, 60))
+@example(values=[], max_length=1)
+@example(values=[1], max_length=1)
+@example(values=[5], max_length=1)
+@example(values=[8] * 4, max_length=8)
+@example(values=[9], max_length=8)
+@example(values=[9, 8, 7, 1, 16], max_length=8)
+@example(values=[3], max_length=4096)
+def test_concat_loses_no_token_and_leaves_only_the_last_row_short(values: list[int], max_length: int) -> None:
+    lengths = ints(values)
+    rows = concat(lengths, max_length, fresh())
+    assert_partition(rows, lengths, max_length)
+    assert (rows.tokens()[:-1] == max_length).all()
+    assert rows.num_rows == -(-sum(values) // max_length)
+
+
+@given(values=st.lists(st.integers(1, 9000), max_size=60))
+def test_one_per_row_keeps_document_order(values: list[int]) -> None:
+    lengths = ints(values)
+    rows = one_per_row(lengths)
+    assert_partition(rows, lengths, None)
+    assert rows.document.tolist() == list(range(len(values)))
+    assert rows.tokens().tolist() == values
+
+
+@pytest.mark.parametrize("packer", WHOLE)
+def test_large_sets_lose_no_document(packer: Packer) -> None:
+    # Large enough that groups of many equal rows occur.
+    lengths = np.clip(np.random.default_rng(3).lognormal(5.5, 1, 50_000), 8, 4096).astype(np.int64)
+    rows = packer(lengths, 4096, fresh())
+    assert (np.sort(rows.document) == np.arange(len(lengths))).all()
+    assert (rows.stop == lengths[rows.document]).all()
+    assert rows.tokens().max() <= 4096
+
+
+@pytest.mark.parametrize("packer", WHOLE)
+def test_over_long_document_is_refused_not_cut(packer: Packer) -> None:
+    with pytest.raises(AssertionError, match="9 tokens"):
+        packer(ints([3, 9]), 8, fresh())
+
+
+@pytest.mark.parametrize("packer", [*WHOLE, concat, lambda lengths, _max, _rng: one_per_row(lengths)])
+def test_document_without_tokens_is_refused(packer: Packer) -> None:
+    with pytest.raises(AssertionError, match="without tokens"):
+        packer(ints([3, 0]), 8, fresh())
+
+
+def test_packers_leave_their_input_alone() -> None:
+    lengths = uniform(1, 64, 500)
+    before = lengths.copy()
+    for packer in (*WHOLE, concat):
+        packer(lengths, 64, fresh())
+    one_per_row(lengths).stop[:] = 0
+    assert (lengths == before).all()
+
+
+# The algorithms they claim to be
+
+
+def naive_best_fit_decreasing(values: list[int], max_length: int) -> int:
+    spaces: list[int] = []
+    for length in sorted(values, reverse=True):
+        fitting = [space for space in spaces if space >= length]
+        if fitting:
+            spaces.remove(min(fitting))
+        spaces.append((min(fitting) if fitting else max_length) - length)
+    return len(spaces)
+
+
+def naive_next_fit_decreasing(values: list[int], max_length: int) -> Counter[tuple[int, ...]]:
+    rows: list[list[int]] = []
+    for length in sorted(values, reverse=True):
+        if not rows or sum(rows[-1]) + length > max_length:
+            rows.append([])
+        rows[-1].append(length)
+    return Counter(tuple(sorted(row)) for row in rows)
+
+
+def fewest_rows(values: list[int], max_length: int) -> int:
+    """By trying everything: each document into every row that has room, or a new one."""
+
+    @cache
+    def search(index: int, spaces: tuple[int, ...]) -> int:
+        if index == len(values):
+            return len(spaces)
+        length = values[index]
+        options = [(*spaces, max_length - length)]
+        for i, space in enumerate(spaces):
+            if space >= length:
+                options.append((*spaces[:i], space - length, *spaces[i + 1 :]))
+        return min(search(index + 1, tuple(sorted(option))) for option in options)
+
+    return search(0, ())
+
+
+def plan_rows(lengths: Ints, max_length: int) -> int:
+    return packing._best_fit_decreasing(packing._histogram(lengths, max_length), max_length).num_rows
+
+
+@given(drawn=whole_sets(max_documents=120))
+def test_histogram_best_fit_needs_as_many_rows_as_document_by_document(drawn: tuple[list[int], int]) -> None:
+    assert plan_rows(ints(drawn[0]), drawn[1]) == naive_best_fit_decreasing(*drawn)
+
+
+@pytest.mark.parametrize(("low", "high", "max_length"), [(59, 294, 512), (8, 1024, 1024), (300, 800, 4096)])
+def test_histogram_best_fit_repeats_patterns_without_an_extra_row(
+    low: int, high: int, max_length: int
+) -> None:
+    lengths = uniform(low, high, 3000)
+    assert plan_rows(lengths, max_length) == naive_best_fit_decreasing(lengths.tolist(), max_length)
+
+
+@given(drawn=whole_sets(max_documents=120))
+@example(drawn=([6, 3, 5, 4], 10))
+@example(drawn=([5, 5, 5, 5, 3], 10))
+def test_next_fit_closes_a_row_where_the_text_says(drawn: tuple[list[int], int]) -> None:
+    lengths = ints(drawn[0])
+    rows = next_fit_decreasing(lengths, drawn[1], fresh())
+    assert contents(rows, lengths) == naive_next_fit_decreasing(*drawn)
+
+
+@given(drawn=whole_sets())
+def test_best_fit_is_never_worse_than_best_fit_decreasing(drawn: tuple[list[int], int]) -> None:
+    lengths = ints(drawn[0])
+    assert best_fit(lengths, drawn[1], fresh()).num_rows <= plan_rows(lengths, drawn[1])
+
+
+@given(drawn=whole_sets(), budget=st.integers(0, 40))
+def test_fill_that_runs_out_of_budget_still_packs_every_document(
+    drawn: tuple[list[int], int], budget: int
+) -> None:
+    lengths = ints(drawn[0])
+    counts = packing._histogram(lengths, drawn[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_FILL_BUDGET", budget)
+        plan = packing._subset_sum_fill(counts, drawn[1])
+    assert_partition(packing._materialise(plan, lengths, fresh()), lengths, drawn[1])
+
+
+@given(drawn=whole_sets(max_documents=12, max_length=60))
+def test_fill_leaves_no_room_that_documents_could_have_used(drawn: tuple[list[int], int]) -> None:
+    values, space = sorted(drawn[0]), drawn[1]
+    left = Counter(values)
+    pattern, _ = packing._fullest(sorted(left), dict(left), space)
+    assert all(times <= left[length] for length, times in pattern.items())
+    sums = {0}
+    for length in values:
+        sums |= {total + length for total in sums if total + length <= space}
+    assert sum(length * times for length, times in pattern.items()) == max(sums)
+
+
+# How few rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn=whole_sets(max_documents=8, max_length=20))
+@example(drawn=([7, 7, 7, 5], 10))
+@example(drawn=([], 10))
+@example(drawn=([3, 3, 2], 5))
+def test_lower_bound_is_never_above_the_optimum(drawn: tuple[list[int], int]) -> None:
+    lengths, max_length = ints(drawn[0]), drawn[1]
+    bound = lower_bound(lengths, max_length)
+    optimum = fewest_rows(drawn[0], max_length)
+    assert -(-sum(drawn[0]) // max_length) <= bound <= optimum
+    for packer in WHOLE:
+        assert packer(lengths, max_length, fresh()).num_rows >= optimum
+
+
+@pytest.mark.parametrize(
+    ("values", "max_length", "bound"),
+    [
+        ([], 10, 0),
+        ([10], 10, 1),
+        ([7, 7, 7, 5], 10, 4),
+        ([6, 6, 6, 4], 10, 3),
+        ([3, 3, 3], 5, 3),
+        ([1, 1], 1, 2),
+    ],
+)
+def test_lower_bound_counts_documents_that_cannot_share(
+    values: list[int], max_length: int, bound: int
+) -> None:
+    assert lower_bound(ints(values), max_length) == bound
+
+
+@pytest.mark.parametrize("num", [4_450, 100_000])
+def test_sets_without_short_documents_are_not_left_one_percent_above_the_bound(num: int) -> None:
+    lengths = uniform(59, 294, num)
+    bound = lower_bound(lengths, 512)
+    assert best_fit(lengths, 512, fresh()).num_rows <= 1.005 * bound < plan_rows(lengths, 512)
+
+
+def test_long_tailed_sets_meet_the_bound() -> None:
+    lengths = np.clip(np.random.default_rng(3).lognormal(5.5, 1, 50_000), 8, 4096).astype(np.int64)
+    assert best_fit(lengths, 4096, fresh()).num_rows <= 1.001 * lower_bound(lengths, 4096)
+
+
+# Chance, and only the seed's
+
+
+@pytest.mark.parametrize("packer", [*WHOLE, concat])
+def test_equal_seeds_give_equal_rows_and_other_seeds_other_company(packer: Packer) -> None:
+    lengths = uniform(10, 60, 2000)
+
+    def company(seed: int) -> tuple[Rows, set[frozenset[int]]]:
+        rows = packer(lengths, 128, np.random.default_rng(seed))
+        return rows, {frozenset(part.tolist()) for part in np.split(rows.document, rows.offsets[1:-1])}
+
+    (first, together), (again, _), (other, apart) = company(1), company(1), company(2)
+    for field in ("document", "start", "stop", "offsets"):
+        assert (getattr(first, field) == getattr(again, field)).all()
+    assert first.num_rows == other.num_rows
+    assert len(together & apart) < 0.05 * len(together)
+
+
+@pytest.mark.parametrize("packer", [*WHOLE, concat])
+def test_neighbours_in_the_file_do_not_become_neighbours_in_rows(packer: Packer) -> None:
+    # Few distinct lengths: a packer that hands out equal documents in file order would put neighbours together.
+    lengths = np.tile(ints([64, 32, 32]), 2000)
+    rows = packer(lengths, 128, fresh())
+    row_of = np.zeros(len(lengths), np.int64)
+    row_of[rows.document] = np.repeat(np.arange(rows.num_rows), np.diff(rows.offsets))
+    assert (np.abs(np.diff(row_of)) <= 1).mean() < 0.01
+    assert abs(np.corrcoef(np.arange(len(lengths)), row_of)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("packer", WHOLE)
+def test_long_documents_do_not_always_come_first(packer: Packer) -> None:
+    # Position in a row is what attention across documents depends on; plans list long documents first.
+    lengths = np.tile(ints([60, 40, 28]), 2000)
+    rows = packer(lengths, 128, fresh())
+    shared = np.flatnonzero(np.diff(rows.offsets) > 1)
+    first = rows.stop[rows.offsets[shared]]
+    longest = np.maximum.reduceat(rows.stop, rows.offsets[:-1])[shared]
+    shortest = np.minimum.reduceat(rows.stop, rows.offsets[:-1])[shared]
+    mixed = longest > shortest
+    assert 0.2 < (first[mixed] == longest[mixed]).mean() < 0.7
+    row_length = rows.tokens()
+    assert abs(np.corrcoef(np.arange(rows.num_rows), row_length)[0, 1]) < 0.1 or np.ptp(row_length) == 0
