@@ -5,17 +5,31 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packcli import estimate as estimates
+from packcli import flops
 from packcli.config import EvalSpec, SweepSpec
 from packcli.data import chat, sources
-from packcli.errors import ConfigError, IntegrityError, PackcliError, RunError
+from packcli.errors import ConfigError, IntegrityError, PackcliError
+from packcli.estimate import Estimate
 from packcli.eval import protocol
 from packcli.files import digest, read_json, sha256_file, write_json, write_jsonl
-from packcli.plan import EvalOrder, IndexOrder, Kind, Plan, TokensOrder, TrainOrder, needed, plan, task_key
+from packcli.plan import (
+    VERSIONS,
+    EvalOrder,
+    IndexOrder,
+    Kind,
+    Plan,
+    TokensOrder,
+    TrainOrder,
+    needed,
+    plan,
+    task_key,
+)
 from packcli.store import Manifest, Store
 
 if TYPE_CHECKING:
@@ -201,9 +215,16 @@ def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
 
 
 def evaluate(
-    orders: Sequence[EvalOrder], store: Store, harness: Harness, note: Note = silent
+    orders: Sequence[EvalOrder],
+    store: Store,
+    harness: Harness,
+    note: Note = silent,
+    checkpoint: Path | str | None = None,
 ) -> Iterator[tuple[EvalOrder, Manifest | PackcliError]]:
-    """Score one checkpoint on the tasks that are missing; a task that cannot run leaves the others alone."""
+    """Score one checkpoint on the tasks that are missing; a task that cannot run leaves the others alone.
+
+    `checkpoint` defaults to the final one of the run the orders name.
+    """
     todo = []
     for order in orders:
         if manifest := store.manifest("eval", order.id):
@@ -212,8 +233,10 @@ def evaluate(
             todo.append(order)
     if not todo:
         return
-    _upstream(store, "train", todo[0].train)
-    results = _Scores(harness, store.final(todo[0].train))
+    if checkpoint is None:
+        _upstream(store, "train", todo[0].train)
+        checkpoint = store.final(todo[0].train)
+    results = _Scores(harness, checkpoint)
     for number, order in enumerate(todo):
         note(number, len(todo), order.task)
         try:
@@ -227,7 +250,7 @@ def evaluate(
 class _Scores:
     """Scores tasks in turn with one load of the model; a task whose files are missing is stepped over."""
 
-    def __init__(self, harness: Harness, checkpoint: Path) -> None:
+    def __init__(self, harness: Harness, checkpoint: Path | str) -> None:
         self._harness, self._checkpoint = harness, checkpoint
         self._running: Iterator[Any] | None = None
 
@@ -259,6 +282,18 @@ def harness_for(spec: EvalSpec) -> Harness:
     return Harness(bench_data=_bench_data(spec), limit=spec.limit, chat_template=spec.chat_template)
 
 
+def foreign_orders(checkpoint: str, spec: EvalSpec, store: Store) -> list[EvalOrder]:
+    """Orders for a checkpoint that no sweep of ours trained, so that its scores are kept and shared too."""
+    hashes = _FileHashes(store)
+    identity = _checkpoint(checkpoint, hashes, weights=True)
+    hashes.save()
+    orders = []
+    for task in protocol.expand(spec.tasks):
+        id_ = digest({"version": VERSIONS["eval"], "train": identity, "task": _task_fingerprint(task, spec)})
+        orders.append(EvalOrder(id=id_, train=identity, task=task, eval=spec))
+    return orders
+
+
 def _commit_scores(order: EvalOrder, store: Store, result: Any, samples: list[Any]) -> Manifest:
     record = asdict(result)
     write_jsonl(store.samples(order.id), samples)
@@ -284,7 +319,7 @@ def _upstream(store: Store, kind: Kind, id_: str) -> Manifest:
     manifest = store.manifest(kind, id_)
     if manifest is None:
         command = {"tokens": "prepare", "index": "prepare", "train": "train", "eval": "eval"}[kind]
-        raise RunError(
+        raise ConfigError(
             f"{kind} {id_} is missing", f"run `packcli {command} SWEEP` first, or `packcli sweep SWEEP`"
         )
     return manifest
@@ -299,10 +334,42 @@ def _same_tokenizer(store: Store, source: Manifest, base: Manifest) -> None:
         )
 
 
-def states(plan_: Plan, store: Store) -> dict[tuple[Kind, str], str]:
-    """The state of every stage of a plan, from disk."""
-    return {stage: store.state(*stage) for stage in plan_.stages()}
+# Before it runs ----------------------------------------------------------------------------------------
 
 
-def unfinished(stages: Iterable[tuple[Kind, str]], store: Store) -> list[tuple[Kind, str]]:
-    return [stage for stage in stages if store.state(*stage) != "done"]
+def estimate(order: TrainOrder, store: Store) -> Estimate:
+    """Exact once the cell is prepared; before that, nothing is known that would not be a guess."""
+    if store.state("index", order.index) != "done":
+        return Estimate()
+    import numpy as np
+
+    from packcli.data import index
+    from packcli.train import batches
+
+    rows = index.read(store.rows(order.index))
+    steps = batches.plan(rows, order.train, order.seed)
+    chosen = np.concatenate(steps)
+    if order.arm.attention == "document":
+        lengths = rows.rows.stop - rows.rows.start
+        bounds = np.concatenate([[0], np.cumsum(lengths**2)])
+        squares = bounds[rows.rows.offsets[1:]] - bounds[rows.rows.offsets[:-1]]
+    else:
+        squares = rows.tokens**2
+    return estimates.estimate(
+        rows=rows.rows.num_rows,
+        steps=len(steps),
+        tokens=int(rows.tokens[chosen].sum()),
+        squares=int(squares[chosen].sum()),
+        supervised=int(rows.supervised[chosen].sum()),
+        shape=_shape(order, store),
+    )
+
+
+def _shape(order: TrainOrder, store: Store) -> flops.Shape | None:
+    if order.model.config is not None:
+        source = store.manifest("tokens", order.tokens)
+        return flops.shape(order.model.config, source.results["vocab_size"] if source else None)
+    try:
+        return flops.shape(read_json(Path(str(order.model.name)) / "config.json"))
+    except (OSError, ValueError):
+        return None

@@ -1,6 +1,6 @@
 """Every path and manifest of a run directory. The file system is the database: no other file spells a path.
 
-    runs/<sweep>/plan.json
+    runs/<sweep>/plan.json  worker-0.log
     runs/store/fingerprints.json                 hashes of input files, by size, mtime and inode
     runs/store/tokens/<id>/  tokenizer/  shard-00000.arrow  shard-00000.json  rejected.jsonl
     runs/store/index/<id>/   rows.arrow  validation.arrow
@@ -66,6 +66,9 @@ class Store:
 
     def plan_file(self, name: str) -> Path:
         return self.sweep(name) / "plan.json"
+
+    def worker_log(self, name: str, number: int) -> Path:
+        return self.sweep(name) / f"worker-{number}.log"
 
     def fingerprints_file(self) -> Path:
         return self.root / "store" / "fingerprints.json"

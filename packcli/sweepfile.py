@@ -288,12 +288,18 @@ def _cell(
     raw["seed"] = combination.get("seed", 0)
     name = raw["model"].get("name")
     if isinstance(name, str) and (block := preset(name)) is not None:
-        raw["model"] = {**block, **raw["model"]}
+        raw["model"] = _merged(block, raw["model"])
     try:
         return CellSpec.model_validate(raw)
     except ValidationError as error:
         _report(error, arm, combination, problems)
         return None
+
+
+def _merged(block: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A packaged block with one's own keys over it, down to single keys of nested mappings."""
+    both = {key: _merged(block[key], own[key]) for key in own if isinstance(own[key], dict) and key in block}
+    return {**block, **own, **both}
 
 
 def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], problems: Problems) -> None:

@@ -18,6 +18,7 @@ from packcli.packing import Rows, best_fit, concat, lower_bound, next_fit_decrea
 Ints = NDArray[np.int64]
 Packer = Callable[[Ints, int, np.random.Generator], Rows]
 
+thorough = settings(max_examples=300, deadline=None)  # a loaded machine is not a failure
 WHOLE: list[Packer] = [next_fit_decreasing, best_fit]
 
 
@@ -40,7 +41,7 @@ def whole_sets(max_documents: int = 60, max_length: int = 40) -> st.SearchStrate
     )
 
 
-def contents(rows: Rows, lengths: Ints) -> Counter[tuple[int, ...]]:
+def contents(rows: Rows) -> Counter[tuple[int, ...]]:
     """Rows as multisets of piece lengths: equal up to order and up to equal documents."""
     sizes = rows.stop - rows.start
     return Counter(tuple(sorted(part.tolist())) for part in np.split(sizes, rows.offsets[1:-1]) if len(part))
@@ -67,6 +68,7 @@ def assert_partition(rows: Rows, lengths: Ints, max_length: int | None) -> None:
 
 
 @pytest.mark.parametrize("packer", WHOLE)
+@thorough
 @given(drawn=whole_sets())
 @example(drawn=([], 1))
 @example(drawn=([], 512))
@@ -86,6 +88,7 @@ def test_whole_document_packers_lose_no_token_and_cut_no_document(
     assert len(rows.document) == len(lengths)
 
 
+@thorough
 @given(values=st.lists(st.integers(1, 100), max_size=60), max_length=st.integers(1, 60))
 @example(values=[], max_length=1)
 @example(values=[1], max_length=1)
@@ -102,6 +105,7 @@ def test_concat_loses_no_token_and_leaves_only_the_last_row_short(values: list[i
     assert rows.num_rows == -(-sum(values) // max_length)
 
 
+@thorough
 @given(values=st.lists(st.integers(1, 9000), max_size=60))
 def test_one_per_row_keeps_document_order(values: list[int]) -> None:
     lengths = ints(values)
@@ -185,34 +189,36 @@ def plan_rows(lengths: Ints, max_length: int) -> int:
     return packing._best_fit_decreasing(packing._histogram(lengths, max_length), max_length).num_rows
 
 
+@thorough
 @given(drawn=whole_sets(max_documents=120))
 def test_histogram_best_fit_needs_as_many_rows_as_document_by_document(drawn: tuple[list[int], int]) -> None:
     assert plan_rows(ints(drawn[0]), drawn[1]) == naive_best_fit_decreasing(*drawn)
 
 
 @pytest.mark.parametrize(("low", "high", "max_length"), [(59, 294, 512), (8, 1024, 1024), (300, 800, 4096)])
-def test_histogram_best_fit_repeats_patterns_without_an_extra_row(
-    low: int, high: int, max_length: int
-) -> None:
+def test_repeated_patterns_do_not_cost_best_fit_a_row(low: int, high: int, max_length: int) -> None:
     lengths = uniform(low, high, 3000)
     assert plan_rows(lengths, max_length) == naive_best_fit_decreasing(lengths.tolist(), max_length)
 
 
+@thorough
 @given(drawn=whole_sets(max_documents=120))
 @example(drawn=([6, 3, 5, 4], 10))
 @example(drawn=([5, 5, 5, 5, 3], 10))
 def test_next_fit_closes_a_row_where_the_text_says(drawn: tuple[list[int], int]) -> None:
     lengths = ints(drawn[0])
     rows = next_fit_decreasing(lengths, drawn[1], fresh())
-    assert contents(rows, lengths) == naive_next_fit_decreasing(*drawn)
+    assert contents(rows) == naive_next_fit_decreasing(*drawn)
 
 
+@thorough
 @given(drawn=whole_sets())
 def test_best_fit_is_never_worse_than_best_fit_decreasing(drawn: tuple[list[int], int]) -> None:
     lengths = ints(drawn[0])
     assert best_fit(lengths, drawn[1], fresh()).num_rows <= plan_rows(lengths, drawn[1])
 
 
+@thorough
 @given(drawn=whole_sets(), budget=st.integers(0, 40))
 def test_fill_that_runs_out_of_budget_still_packs_every_document(
     drawn: tuple[list[int], int], budget: int
@@ -225,6 +231,7 @@ def test_fill_that_runs_out_of_budget_still_packs_every_document(
     assert_partition(packing._materialise(plan, lengths, fresh()), lengths, drawn[1])
 
 
+@thorough
 @given(drawn=whole_sets(max_documents=12, max_length=60))
 def test_fill_leaves_no_room_that_documents_could_have_used(drawn: tuple[list[int], int]) -> None:
     values, space = sorted(drawn[0]), drawn[1]
@@ -240,7 +247,7 @@ def test_fill_leaves_no_room_that_documents_could_have_used(drawn: tuple[list[in
 # How few rows
 
 
-@settings(max_examples=150, deadline=None)
+@thorough
 @given(drawn=whole_sets(max_documents=8, max_length=20))
 @example(drawn=([7, 7, 7, 5], 10))
 @example(drawn=([], 10))
@@ -265,9 +272,7 @@ def test_lower_bound_is_never_above_the_optimum(drawn: tuple[list[int], int]) ->
         ([1, 1], 1, 2),
     ],
 )
-def test_lower_bound_counts_documents_that_cannot_share(
-    values: list[int], max_length: int, bound: int
-) -> None:
+def test_bound_counts_documents_that_cannot_share(values: list[int], max_length: int, bound: int) -> None:
     assert lower_bound(ints(values), max_length) == bound
 
 
@@ -303,7 +308,7 @@ def test_equal_seeds_give_equal_rows_and_other_seeds_other_company(packer: Packe
 
 @pytest.mark.parametrize("packer", [*WHOLE, concat])
 def test_neighbours_in_the_file_do_not_become_neighbours_in_rows(packer: Packer) -> None:
-    # Few distinct lengths: a packer that hands out equal documents in file order would put neighbours together.
+    # Few distinct lengths: handing out equal documents in file order would put neighbours together.
     lengths = np.tile(ints([64, 32, 32]), 2000)
     rows = packer(lengths, 128, fresh())
     row_of = np.zeros(len(lengths), np.int64)
@@ -314,14 +319,11 @@ def test_neighbours_in_the_file_do_not_become_neighbours_in_rows(packer: Packer)
 
 @pytest.mark.parametrize("packer", WHOLE)
 def test_long_documents_do_not_always_come_first(packer: Packer) -> None:
-    # Position in a row is what attention across documents depends on; plans list long documents first.
-    lengths = np.tile(ints([60, 40, 28]), 2000)
+    # Plans list long documents first, and open long rows first: neither order may be left in the result.
+    lengths = uniform(10, 120, 5000)
     rows = packer(lengths, 128, fresh())
-    shared = np.flatnonzero(np.diff(rows.offsets) > 1)
-    first = rows.stop[rows.offsets[shared]]
-    longest = np.maximum.reduceat(rows.stop, rows.offsets[:-1])[shared]
-    shortest = np.minimum.reduceat(rows.stop, rows.offsets[:-1])[shared]
-    mixed = longest > shortest
+    first = rows.stop[rows.offsets[:-1]]
+    longest = np.maximum.reduceat(rows.stop, rows.offsets[:-1])
+    mixed = longest > np.minimum.reduceat(rows.stop, rows.offsets[:-1])
     assert 0.2 < (first[mixed] == longest[mixed]).mean() < 0.7
-    row_length = rows.tokens()
-    assert abs(np.corrcoef(np.arange(rows.num_rows), row_length)[0, 1]) < 0.1 or np.ptp(row_length) == 0
+    assert abs(np.corrcoef(np.arange(rows.num_rows), longest)[0, 1]) < 0.1

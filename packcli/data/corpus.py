@@ -29,7 +29,7 @@ TASKS: tuple[str, ...] = (
     "tiny_reverse",
     "tiny_rotate",
     "tiny_swap",
-    "tiny_after",
+    "tiny_from",
     "tiny_lookup",
     "tiny_few_shot",
     "tiny_turns",
@@ -38,7 +38,7 @@ TASKS: tuple[str, ...] = (
 ITEMS_PER_SPLIT = 100
 """Per task. A score of one task then has a binomial standard error of at most 5 points."""
 
-NUM_CONVERSATIONS = {"tiny": 4000, "tiny_base": 8000}
+NUM_CONVERSATIONS = {"tiny": 4000, "tiny_base": 60000}
 
 Split = Literal["train", "tuning", "test"]
 Words = tuple[str, ...]
@@ -47,6 +47,8 @@ Words = tuple[str, ...]
 WORDS: Words = tuple(
     "red sun cat dog map cup hat pen box key bus ant owl fig jam nut oak pie rug sea tin van web yak".split()
 )
+
+VALUES: Words = tuple("abcdefghijklmnop")
 
 OPERATIONS: dict[str, Callable[[Words], Words]] = {
     "copy": lambda words: words,
@@ -88,7 +90,7 @@ def conversations(source: str) -> Iterator[dict[str, Any]]:
             questions = _exchange(task, rng, "train")
         else:
             task = source
-            questions = [_primitive(rng) for _ in range(rng.randint(6, 12))]
+            questions = _primitive(rng)
         yield {"messages": _messages(questions), "task": task}
 
 
@@ -114,7 +116,7 @@ _SHARES = {
     "tiny_reverse": 1.0,
     "tiny_rotate": 1.0,
     "tiny_swap": 1.0,
-    "tiny_after": 1.0,
+    "tiny_from": 1.0,
     "tiny_lookup": 1.5,
     "tiny_few_shot": 1.5,
     "tiny_turns": 1.5,
@@ -124,12 +126,12 @@ _SHARES = {
 def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
     """Draw one conversation of `task` whose last question lies in `split`; all before it are training questions."""
     match task:
-        case "tiny_after":
-            return [_draw(lambda: _after(rng, _length(rng, 4, 3, 14)), split)]
+        case "tiny_from":
+            return [_draw(lambda: _from(rng, _length(rng, 4, 3, 14)), split)]
         case "tiny_lookup":
-            return [_draw(lambda: _lookup(rng, _length(rng, 3, 4, 22)), split)]
+            return [_draw(lambda: _lookup(rng, _length(rng, 4, 5, 24)), split)]
         case "tiny_few_shot":
-            return [_few_shot(rng, _length(rng, 3, 2, 14), split)]
+            return _few_shot(rng, _length(rng, 2, 2, 10), split)
         case "tiny_turns":
             return _turns(rng, _length(rng, 2, 1.2, 10), split)
         case _:
@@ -137,54 +139,61 @@ def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
             return [_draw(lambda: _direct(operation, _words(rng, _length(rng, 3, 2, 12))), split)]
 
 
-def _primitive(rng: Random) -> Question:
-    """Draw one short training question of any kind."""
-    kind = rng.choice((*OPERATIONS, "after", "lookup", "few_shot"))
+def _primitive(rng: Random) -> list[Question]:
+    """Draw a short training question of any kind; a table is asked about several times."""
+    kind = rng.choice((*OPERATIONS, "from", "lookup", "lookup", "lookup", "few_shot", "turns"))
     match kind:
-        case "after":
-            return _draw(lambda: _after(rng, rng.randint(3, 8)), "train")
+        case "from":
+            return [_draw(lambda: _from(rng, rng.randint(3, 8)), "train")]
         case "lookup":
-            return _draw(lambda: _lookup(rng, rng.randint(2, 6)), "train")
+            return _lookups(rng, rng.randint(3, 8))
         case "few_shot":
-            return _few_shot(rng, 2, "train")
+            return _few_shot(rng, rng.randint(2, 5), "train")
+        case "turns":
+            return _turns(rng, rng.randint(2, 3), "train")
         case _:
-            return _draw(lambda: _direct(kind, _words(rng, rng.randint(3, 7))), "train")
+            return [_draw(lambda: _direct(kind, _words(rng, rng.randint(3, 7))), "train")]
 
 
 def _direct(operation: str, words: Words) -> Question:
     return Question(f"{operation} {_text(words)}", f"{operation}: {_text(words)}", _equals(operation, words))
 
 
-def _after(rng: Random, num_words: int) -> Question:
-    """Which word follows this one?"""
+def _from(rng: Random, num_words: int) -> Question:
+    """Copy the list from this word on."""
     words = _words(rng, num_words)
     place = rng.randrange(num_words - 1)
-    key = f"after {words[place]}: {_text(words)}"
-    return Question(key, key, f"= {words[place + 1]}")
+    key = f"list {_text(words)}: from {words[place]}"
+    return Question(key, key, f"= {_text(words[place:])}")
 
 
 def _lookup(rng: Random, num_pairs: int) -> Question:
     """Which value goes with this name? Names do not repeat, values may."""
-    pairs = [(name, rng.choice(WORDS)) for name in _words(rng, num_pairs)]
-    name, value = rng.choice(pairs)
-    listed = ", ".join(f"{left} is {right}" for left, right in pairs)
-    return Question(f"lookup {name} in {listed}", f"given {listed}: {name} is", f"= {value}")
+    return rng.choice(_table(rng, num_pairs))
 
 
-def _few_shot(rng: Random, num_shots: int, split: Split) -> Question:
-    """An operation shown by examples and never named; its key is that of the direct question."""
+def _lookups(rng: Random, num_pairs: int) -> list[Question]:
+    """Several training questions to one table, which only the first spells out."""
+    questions = [q for q in _table(rng, num_pairs) if split_of(q.key) == "train"]
+    rng.shuffle(questions)
+    later = [Question(q.key, q.ask.rsplit(": ", 1)[1], q.answer) for q in questions]
+    return questions[:1] + later[1:] or _lookups(rng, num_pairs)
+
+
+def _table(rng: Random, num_pairs: int) -> list[Question]:
+    pairs = [(name, rng.choice(VALUES)) for name in _words(rng, num_pairs)]
+    listed = ", ".join(f"{name} {value}" for name, value in pairs)
+    return [
+        Question(f"lookup {name} in {listed}", f"given {listed}: {name}", f"= {name} {value}") for name, value in pairs
+    ]
+
+
+def _few_shot(rng: Random, num_shots: int, split: Split) -> list[Question]:
+    """An operation shown by examples, one to a turn, and never named; its keys are those of the direct questions."""
     operation = rng.choice(tuple(OPERATIONS))
-
-    def draw(part: Split) -> Question:
-        return _draw(lambda: _direct(operation, _words(rng, rng.randint(3, 4))), part)
-
-    def plain(question: Question) -> str:
-        return question.key.removeprefix(operation)
-
-    shots = [draw("train") for _ in range(num_shots)]
-    last = draw(split)
-    lines = [f"{plain(shot)} {shot.answer};" for shot in shots]
-    return Question(last.key, "like" + "".join(lines) + plain(last), last.answer)
+    parts: list[Split] = ["train"] * num_shots + [split]
+    questions = [_draw(lambda: _direct(operation, _words(rng, rng.randint(3, 4))), part) for part in parts]
+    return [Question(q.key, q.key.removeprefix(f"{operation} "), q.answer) for q in questions]
 
 
 def _turns(rng: Random, num_turns: int, split: Split) -> list[Question]:

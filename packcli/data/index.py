@@ -184,7 +184,7 @@ def write(path: Path, index: Index) -> None:
     }
     counts = {"tokens": index.tokens, "documents": index.documents, "supervised": index.supervised}
     table = pa.table({**pieces, **counts})
-    with atomic_write(path) as file, pa.ipc.new_stream(pa.PythonFile(file), table.schema) as writer:
+    with atomic_write(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
 
 

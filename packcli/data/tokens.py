@@ -116,7 +116,7 @@ def _write_shard(
         columns["file"].append(record.file)
         columns["record"].append(record.number)
     batch = pa.record_batch([pa.array(columns[f.name], type=f.type) for f in _SCHEMA], schema=_SCHEMA)
-    with atomic_write(path) as file, pa.ipc.new_stream(pa.PythonFile(file), _SCHEMA) as writer:
+    with atomic_write(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         writer.write_batch(batch)
     return {
         "conversations": len(chunk),

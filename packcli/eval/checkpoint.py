@@ -54,7 +54,7 @@ def _source(checkpoint: Path | str) -> str:
             raise ConfigError(f"no checkpoint directory `{checkpoint}`", "give a directory or a Hugging Face id")
         return checkpoint
     if not (path / "config.json").is_file():
-        raise ConfigError(f"`{path}` is no checkpoint: it has no `config.json`", "give the directory that holds it")
+        raise ConfigError(f"`{path}` is no checkpoint: it has no `config.json`", "give the directory that has it")
     # transformers would make up an empty tokenizer from the model type.
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"checkpoint `{path}` has no tokenizer", "save the tokenizer into the same directory")
@@ -84,8 +84,8 @@ def _read_model(source: str) -> Any:
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := sorted(str(key) for key in loading.get(problem, ())):
             raise ConfigError(
-                f"checkpoint `{source}`: weights do not match its config; {len(keys)} {problem.replace('_', ' ')}, "
-                f"first `{keys[0]}`",
+                f"checkpoint `{source}`: weights do not match its config; "
+                f"{len(keys)} {problem.replace('_', ' ')}, first `{keys[0]}`",
                 "use the weights and the config of the same save",
             )
     return model.eval()
@@ -99,7 +99,7 @@ def _unloadable(source: str, part: str, error: BaseException) -> ConfigError:
 
 
 def _decode_greedily(model: Any, tokenizer: Any, stops: Sequence[int]) -> None:
-    """Make generation plain greedy decoding that ends at any token the checkpoint or its template ends a turn with.
+    """Make generation plain greedy decoding that ends where the checkpoint or its template ends a turn.
 
     A checkpoint's own generation settings may hold a repetition penalty, which greedy decoding would obey.
     """

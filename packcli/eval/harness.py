@@ -70,9 +70,7 @@ class Harness:
         self._device = device
         self._tasks: dict[str, tuple[str, Any]] = {}
 
-    def evaluate(
-        self, checkpoint: Path | str, tasks: Sequence[str]
-    ) -> Iterator[tuple[TaskResult, list[Sample]]]:
+    def evaluate(self, checkpoint: Path | str, tasks: Sequence[str]) -> Iterator[tuple[TaskResult, list[Sample]]]:
         """Load `checkpoint` once; give each task's result and samples as soon as it is scored.
 
         A sample is ready for JSON: `doc_id`, `prompt`, `target`, `response` (None where the answer was compared

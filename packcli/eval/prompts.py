@@ -35,8 +35,8 @@ def documents(task: Task, tokenizer: Any, *, chat_template: bool) -> list[dict[s
 def end_of_turn(tokenizer: Any) -> str:
     """What an assistant has to write after its answer: up to and with the first special token of the template.
 
-    `<|im_end|>` of the `<|im_end|>\\n` in ChatML, `<|eot_id|>` in Llama 3, ` </s>` in Llama 2. A template that closes
-    a turn with plain text gives all of that text; one that adds nothing gives the tokenizer's end of sequence.
+    `<|im_end|>` of the `<|im_end|>\\n` in ChatML, `<|eot_id|>` in Llama 3, ` </s>` in Llama 2. A template that
+    closes a turn with plain text gives all of that text; one that adds nothing, the tokenizer's end of sequence.
 
     Raises:
         ConfigError: there is no chat template, or it leaves out or alters what the assistant said.

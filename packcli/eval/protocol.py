@@ -162,10 +162,9 @@ def fingerprint(task: str, *, limit: int | None, chat_template: bool, bench_data
         ConfigError: no such task.
     """
     packaged = load(task)
+    source = "hub" if bench_data is None else "files"
     if packaged.facts.embedded:
         source = f"corpus {corpus.VERSION}"
-    else:
-        source = "hub" if bench_data is None else "files"
     return digest(
         {
             "version": VERSION,

@@ -67,7 +67,9 @@ def forward(
     elif slots <= DENSE_SLOTS:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=segments.mask(query.device), **options)
     else:
-        parts = zip(*(torch.split(tensor, segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        parts = zip(
+            *(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True
+        )
         out = torch.cat(
             [F.scaled_dot_product_attention(q, k, v, is_causal=True, **options) for q, k, v in parts], dim=2
         )

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from packcli.config import ModelSpec
 from packcli.errors import ConfigError
 from packcli.model import attention
 from packcli.seeds import integer
+
+# Our own progress says what goes on; transformers' bars would tear through it.
+transformers_logging.disable_progress_bar()
 
 
 def load(model: ModelSpec, base: Path | None, tokenizer: Any, max_length: int, seed: int) -> Any:

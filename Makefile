@@ -1,0 +1,36 @@
+# Everything a newcomer needs: `make reproduce`, `make test`. Both set up `.venv` first.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints-cpu.txt
+SWEEP ?= sweeps/tiny.yaml
+RUNS ?= runs
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup reproduce test test-slow check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(wildcard $(CONSTRAINTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11"; echo; echo "hint: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@# One command, so that the constraint holds for whatever depends on torch. Empty CONSTRAINTS: no limit.
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+reproduce: setup
+	@$(BIN)/packcli sweep $(SWEEP) --runs $(RUNS)
+
+test: setup
+	@$(BIN)/python -m pytest -n 2
+
+test-slow: setup
+	@$(BIN)/python -m pytest -m slow
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,254 @@
+"""The command line: parse, call one function, print. The only place that catches a `PackcliError`.
+
+Results go to stdout, progress and errors to stderr. Heavy libraries load inside commands, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import orjson
+import typer
+
+from packcli import log
+from packcli.errors import ConfigError, PackcliError
+
+if TYPE_CHECKING:
+    from packcli.plan import Plan
+    from packcli.store import Store
+
+app = typer.Typer(
+    help="Should I pack or pad my fine-tuning data, how, and what does it cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, such as sweeps/tiny.yaml.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only matching cells. Repeatable.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value: change the sweep. Repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", help="The run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Format = Literal["table", "md", "csv", "json"]
+DEFAULT_RUNS = Path("runs")
+
+
+def _open(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path) -> tuple[Plan, Store]:
+    """(plan, store) of a sweep file."""
+    from packcli import stages, sweepfile
+    from packcli.store import Store
+
+    store = Store(runs)
+    return stages.make_plan(sweepfile.load(sweep, sets or (), only or ()), store), store
+
+
+@app.command()
+def prepare(
+    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+) -> None:
+    """Make the token stores and row indexes of all cells, and print the ledger: where every token went."""
+    from packcli.launch import local
+    from packcli.report import ledger
+
+    plan, store = _open(sweep, set_, only, runs)
+    store.write_plan(plan)
+    failures = local.run(plan, store, [("index", id_) for id_ in plan.indexes])
+    document = ledger.collect(plan, store)
+    _print(document) if json else _show(ledger.table(document))
+    _finish(failures)
+
+
+@app.command()
+def train(
+    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+) -> None:
+    """Train the selected cells here; several processes: `torchrun --nproc-per-node N -m packcli train SWEEP`."""
+    from packcli import stages
+    from packcli.launch import local, worker
+    from packcli.plan import Kind, closure
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        worker.die_with_parent(os.getppid())  # torch's agent starts its workers in sessions of their own
+    plan, store = _open(sweep, set_, only, runs)
+    targets: list[tuple[Kind, str]] = [("train", id_) for id_ in plan.trains]
+    missing = [s for s in closure(plan, targets) if s[0] in ("tokens", "index") and store.state(*s) != "done"]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} prepare stages are missing: training never tokenizes and never packs",
+            f"run `packcli prepare {sweep}` first (with the same --only, --set and --runs)",
+        )
+    main = int(os.environ.get("RANK", "0")) == 0
+    failures: list[local.Failure] = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for kind, id_ in closure(plan, targets):
+            if kind == "train":
+                stages.train(plan.trains[id_], store)
+    else:
+        store.write_plan(plan)
+        failures = local.run(plan, store, targets)
+    if main:
+        _report(plan, store, "json" if json else "table")
+    _finish(failures)
+
+
+@app.command("eval")
+def evaluate(
+    ckpt: Annotated[str, typer.Option("--ckpt", help="A Hugging Face checkpoint directory or hub id.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma-separated.")],
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score the first N items only.")] = None,
+    bench_data: Annotated[
+        Path | None, typer.Option("--bench-data", help="Directory of benchmark files; without it, the hub.")
+    ] = None,
+    engine: Annotated[Literal["hf"], typer.Option("--engine", help="What generates.")] = "hf",
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Evaluate any Hugging Face checkpoint and print score and standard error of each task."""
+    from packcli import stages
+    from packcli.config import EvalSpec
+    from packcli.launch.local import Failure
+    from packcli.report import scores
+    from packcli.store import Manifest, Store
+
+    store = Store(runs)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    data = str(bench_data) if bench_data else None
+    spec = EvalSpec(tasks=names, limit=limit, bench_data=data, engine=engine)
+    orders = stages.foreign_orders(ckpt, spec, store)
+    harness = stages.harness_for(spec)
+    results, failures = [], []
+    for order, outcome in stages.evaluate(orders, store, harness, checkpoint=ckpt):
+        if isinstance(outcome, Manifest):
+            results.append(outcome.results)
+        else:
+            failures.append(
+                Failure(("eval", order.id), f"{order.task}: {outcome}", outcome.fix, outcome.exit_code)
+            )
+    document = {"checkpoint": ckpt, "results": results, "not_run": {f.cause: f.fix for f in failures}}
+    _print(document) if json else _show(scores.table(results))
+    _finish(failures)
+
+
+@app.command()
+def sweep(
+    sweep: SweepFile,
+    on: Annotated[Literal["local"], typer.Option("--on", help="Where to run.")] = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, states and estimate; do nothing.")
+    ] = False,
+    only: Only = None,
+    set_: Sets = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Do all that is missing of a sweep, in dependency order, then print the table."""
+    from packcli.launch import local
+    from packcli.report import status as statuses
+
+    plan, store = _open(sweep, set_, only, runs)
+    if dry_run:
+        document = statuses.dry_run(plan, store)
+        _print(document) if json else _show(statuses.table(document))
+        return
+    store.write_plan(plan)
+    failures = local.run(plan, store, plan.stages())
+    _report(plan, store, "json" if json else "table")
+    _finish(failures)
+
+
+@app.command()
+def status(
+    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+) -> None:
+    """Print the state of every cell, from disk."""
+    from packcli.report import status as statuses
+
+    plan, store = _open(sweep, set_, only, runs)
+    document = statuses.collect(plan, store)
+    _print(document) if json else _show(statuses.table(document))
+
+
+@app.command()
+def report(
+    sweep: SweepFile,
+    format_: Annotated[Format, typer.Option("--format", help="table, md, csv or json.")] = "table",
+    only: Only = None,
+    set_: Sets = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Print the comparison table of what has run so far."""
+    plan, store = _open(sweep, set_, only, runs)
+    _report(plan, store, "json" if json else format_)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A stage directory or checkpoint of ours.")],
+) -> None:
+    """Check every file of a store or checkpoint directory against its manifest."""
+    from packcli.store import verify as verify_directory
+
+    typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
+
+
+def _report(plan: Plan, store: Store, format_: Format) -> None:
+    from packcli.report import render, rows
+
+    collected = rows.collect(plan, store)
+    match format_:
+        case "table":
+            _show(render.table(collected))
+        case "md":
+            typer.echo(render.markdown(collected))
+        case "csv":
+            typer.echo(render.csv_text(collected), nl=False)
+        case "json":
+            typer.echo(render.json_text(collected))
+
+
+def _print(document: object) -> None:
+    typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode())
+
+
+def _show(renderable: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Into a file or a pipe there is no width to respect: let no column be cut.
+    Console(width=max(console.width, 140) if not console.is_terminal else None).print(renderable)
+
+
+def _finish(failures: Iterable[Any]) -> None:
+    """Say what failed, each cause once, and exit with the code of the gravest: 6 only when nothing else failed."""
+    said: dict[str, str] = {}
+    for failure in failures:
+        said.setdefault(failure.cause, failure.fix)
+    for cause, fix in said.items():
+        _complain(cause, fix)
+    codes = [failure.exit_code for failure in failures]
+    if codes:
+        raise typer.Exit(next((code for code in codes if code != 6), 6))
+
+
+def _complain(cause: str, fix: str) -> None:
+    text = f"error: {cause}\n" + (f"\nhint: {fix}\n" if fix else "")
+    typer.echo("".join(part + "\n" for part in map(log.plain, text.splitlines())), err=True, nl=False)
+
+
+def main() -> None:
+    """The console script."""
+    log.setup()
+    try:
+        app()
+    except PackcliError as error:
+        _complain(error.cause, error.fix)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted", "run the same command again: it goes on where it was")
+        sys.exit(130)

@@ -1,0 +1,308 @@
+"""Runs what is missing of a plan on this machine: a few long-lived workers, jobs in dependency order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from packcli import log
+from packcli.errors import PreemptedError
+from packcli.plan import Kind, Plan, closure
+from packcli.store import Store
+
+Stage = tuple[Kind, str]
+_GRACE_S = 30.0
+_QUIET_LINE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a stage was not done. `exit_code` as in `errors.py`."""
+
+    stage: Stage
+    cause: str
+    fix: str
+    exit_code: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request to a worker: a stage, or all missing tasks of one checkpoint."""
+
+    kind: Kind
+    ids: list[str]
+    needs: set[Stage]
+    name: str
+    cost: float = 0.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    answers: int
+    job: _Job | None = None
+    pending: bytes = b""
+    note: str = ""
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one `run` call."""
+
+    plan: Plan
+    store: Store
+    waiting: list[_Job]
+    done: set[Stage]
+    total: int
+    failures: list[Failure] = field(default_factory=list)
+
+
+def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
+    """Do every stage the targets need that is not done; what failed, in the order it did.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; running trainings were asked to write a checkpoint first.
+        PreemptedError: SIGTERM, likewise.
+    """
+    stages = closure(plan, targets)
+    done = {stage for stage in stages if store.state(*stage) == "done"}
+    jobs = _jobs(plan, [stage for stage in stages if stage not in done])
+    if not jobs:
+        return []
+    state = _Run(plan, store, jobs, done, total=sum(len(job.ids) for job in jobs))
+    count, threads = _workers(plan, jobs)
+    log.logger.info(
+        "%d of %d stages to do, %d at a time, on %d cores", state.total, len(stages), count, os.cpu_count() or 1
+    )
+    with _pool(store, plan.name, count, threads) as workers, _terminable():
+        _schedule(state, workers)
+    return state.failures
+
+
+def _workers(plan: Plan, jobs: Sequence[_Job]) -> tuple[int, int]:
+    """How many workers, and threads for each: as many side by side as cores hold without sharing one."""
+    cores = os.cpu_count() or 1
+    asked = [plan.trains[id_].train.threads for job in jobs if job.kind == "train" for id_ in job.ids]
+    threads = max((count or cores for count in asked), default=max(1, cores // 2))
+    count = max(1, min(len(jobs), cores // min(threads, cores)))
+    return count, max(1, cores // count)
+
+
+def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
+    names = _names(plan)
+    jobs: list[_Job] = []
+    scoring: dict[tuple[str, str], _Job] = {}
+    for kind, id_ in missing:
+        needs = set(plan.inputs(kind, id_))
+        if kind != "eval":
+            jobs.append(_Job(kind, [id_], needs, names.get((kind, id_), id_)))
+            continue
+        order = plan.evals[id_]
+        key = (order.train, order.eval.model_dump_json(exclude={"tasks"}))
+        if key not in scoring:
+            scoring[key] = _Job(kind, [], needs, names.get(("train", order.train), order.train))
+            jobs.append(scoring[key])
+        scoring[key].ids.append(id_)
+    return jobs
+
+
+def _names(plan: Plan) -> dict[Stage, str]:
+    """What to call a stage: the labels of the first cell that uses it."""
+    names: dict[Stage, str] = {("train", id_): "shared base model" for id_ in plan.shared}
+    for cell in plan.cells:
+        label = " ".join(cell.labels.values())
+        names.setdefault(("train", cell.train), label)
+        names.setdefault(("index", cell.index), label)
+        names.setdefault(("tokens", cell.tokens), label)
+    return names
+
+
+@contextlib.contextmanager
+def _pool(store: Store, sweep: str, count: int, threads: int) -> Iterator[list[_Worker]]:
+    workers = [_start(store, sweep, number, threads) for number in range(count)]
+    try:
+        yield workers
+    except BaseException:
+        # A session of their own keeps Ctrl-C from reaching the workers: they are asked to stop at a step.
+        for worker in workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + _GRACE_S
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for worker in workers:
+                if worker.job is not None and worker.job.kind == "train":
+                    worker.process.wait(max(0.0, deadline - time.monotonic()))
+        raise
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+            os.close(worker.answers)
+
+
+def _start(store: Store, sweep: str, number: int, threads: int) -> _Worker:
+    receive, send = os.pipe()
+    path = store.worker_log(sweep, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [str(store.root), str(send), str(threads), str(os.getpid())]
+    with path.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "packcli.launch.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(send,),
+            start_new_session=True,
+        )
+    os.close(send)
+    return _Worker(process, receive)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops a sweep as Ctrl-C does, with the exit code for "run again"."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise PreemptedError("stopped by SIGTERM", "run the same command again: it goes on where it was")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _schedule(state: _Run, workers: list[_Worker]) -> None:
+    selector = selectors.DefaultSelector()
+    for worker in workers:
+        selector.register(worker.answers, selectors.EVENT_READ, worker)
+    finished, last_line = 0, time.monotonic()
+    with log.progress() as display:
+        bar = display.add_task("stages", total=state.total, note="")
+        while state.waiting or any(worker.job for worker in workers):
+            for worker in workers:
+                if worker.job is None and (job := _next(state)) is not None:
+                    _send(state, worker, job)
+            for key, _ in selector.select(timeout=1.0):
+                worker = key.data
+                ended = worker.job
+                for message in _receive(worker):
+                    if message["event"] == "note":
+                        worker.note = _describe(worker, message)
+                        continue
+                    assert ended is not None
+                    finished += len(ended.ids)
+                    _end(state, ended, message["failures"])
+                    worker.job, worker.note = None, ""
+                if worker.process.poll() is not None and not worker.pending:
+                    selector.unregister(worker.answers)
+                    finished += _replace(state, workers, worker)
+                    selector.register(worker.answers, selectors.EVENT_READ, worker)
+            finished += _drop_blocked(state)
+            notes = "; ".join(worker.note for worker in workers if worker.note)
+            display.update(bar, completed=finished, note=notes)
+            if display.disable and time.monotonic() - last_line > _QUIET_LINE_S:
+                last_line = time.monotonic()
+                log.logger.info("%d of %d stages done; %s", finished, state.total, notes or "working")
+
+
+def _next(state: _Run) -> _Job | None:
+    """The ready job of the earliest kind; among trainings the longest first, so that workers end together."""
+    ready = [job for job in state.waiting if job.needs <= state.done]
+    if not ready:
+        return None
+    order = {"tokens": 0, "index": 1, "train": 2, "eval": 3}
+    job = min(ready, key=lambda job: (order[job.kind], -_cost(state, job)))
+    state.waiting.remove(job)
+    return job
+
+
+def _cost(state: _Run, job: _Job) -> float:
+    """Slots one epoch of a training computes on; 0 for the rest."""
+    if job.kind != "train":
+        return 0.0
+    order = state.plan.trains[job.ids[0]]
+    manifest = state.store.manifest("index", order.index)
+    return float(manifest.results["ledger"]["slots"]) if manifest else 0.0
+
+
+def _send(state: _Run, worker: _Worker, job: _Job) -> None:
+    orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
+    request = {"kind": job.kind, "ids": job.ids, "orders": orders}
+    worker.job, worker.note = job, f"{job.kind} {job.name}"
+    assert worker.process.stdin is not None
+    # A worker that died takes no request; the scheduler sees its pipe close and replaces it.
+    with contextlib.suppress(BrokenPipeError):
+        worker.process.stdin.write(orjson.dumps(request, option=orjson.OPT_APPEND_NEWLINE))
+        worker.process.stdin.flush()
+
+
+def _receive(worker: _Worker) -> list[dict[str, Any]]:
+    worker.pending += os.read(worker.answers, 1 << 16)
+    *lines, worker.pending = worker.pending.split(b"\n")
+    return [orjson.loads(line) for line in lines]
+
+
+def _describe(worker: _Worker, message: dict[str, Any]) -> str:
+    job = worker.job
+    if job is None:
+        return ""
+    share = f" {message['done']}/{message['total']}" if message["total"] else ""
+    return f"{job.kind} {job.name}{share}, {message['remark']}"
+
+
+def _end(state: _Run, job: _Job, failures: list[dict[str, Any]]) -> None:
+    failed = {item["id"] for item in failures}
+    for item in failures:
+        failure = Failure((job.kind, item["id"]), item["cause"], item["fix"], item["exit_code"])
+        state.failures.append(failure)
+    state.done.update((job.kind, id_) for id_ in job.ids if id_ not in failed)
+
+
+def _replace(state: _Run, workers: list[_Worker], worker: _Worker) -> int:
+    """A worker died: its job failed, a new worker takes its place. How many stages that ended."""
+    job = worker.job
+    ended = 0
+    if job is not None:
+        code = worker.process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        number = workers.index(worker)
+        log_file = state.store.worker_log(state.plan.name, number)
+        cause = f"{job.kind} {job.name}: the process died ({how}; out of memory?)"
+        _end(
+            state, job, [{"id": id_, "cause": cause, "fix": f"see {log_file}", "exit_code": 7} for id_ in job.ids]
+        )
+        ended = len(job.ids)
+    fresh = _start(
+        state.store, state.plan.name, workers.index(worker), max(1, (os.cpu_count() or 1) // len(workers))
+    )
+    os.close(worker.answers)
+    worker.process, worker.answers, worker.job, worker.pending, worker.note = (
+        fresh.process,
+        fresh.answers,
+        None,
+        b"",
+        "",
+    )
+    return ended
+
+
+def _drop_blocked(state: _Run) -> int:
+    """Jobs whose input failed will never be ready: drop them. How many stages that ended."""
+    failed = {failure.stage for failure in state.failures}
+    dropped = 0
+    while blocked := [job for job in state.waiting if job.needs & failed]:
+        for job in blocked:
+            state.waiting.remove(job)
+            failed.update((job.kind, id_) for id_ in job.ids)
+            dropped += len(job.ids)
+    return dropped

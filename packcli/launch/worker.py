@@ -1,0 +1,109 @@
+"""A process that does stages one after another, so that heavy imports are paid once.
+
+Jobs come as JSON lines on stdin and are answered on a pipe of their own: whatever a library prints goes to the
+worker's log. It dies with its parent, whatever kills that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from packcli import stages
+from packcli.errors import PackcliError
+from packcli.plan import EvalOrder, IndexOrder, TokensOrder, TrainOrder
+from packcli.store import Store
+
+_ORDERS: dict[str, type[TokensOrder | IndexOrder | TrainOrder]] = {
+    "tokens": TokensOrder,
+    "index": IndexOrder,
+    "train": TrainOrder,
+}
+_NOTE_EVERY_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux; elsewhere a no-op)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+class Worker:
+    """Answers jobs; keeps one evaluation harness per protocol."""
+
+    def __init__(self, store: Store, answers: int, threads: int) -> None:
+        self._store, self._answers, self._threads = store, answers, threads
+        self._harnesses: dict[str, Any] = {}
+        self._last_note = 0.0
+
+    def serve(self) -> None:
+        for line in sys.stdin.buffer:
+            self._do(orjson.loads(line))
+
+    def _do(self, job: dict[str, Any]) -> None:
+        try:
+            failures = self._evaluate(job) if job["kind"] == "eval" else self._stage(job)
+        except PackcliError as error:
+            failures = [_failure(job["ids"][0], error)]
+        except Exception as error:
+            # The last line of defence of a long-lived process: the job is reported failed as a bug, with
+            # its traceback in the log; the sweep's other jobs go on.
+            traceback.print_exc()
+            failures = [{"id": job["ids"][0], "cause": _brief(error), "fix": "", "exit_code": 1}]
+        self._send({"event": "end", "failures": failures})
+
+    def _stage(self, job: dict[str, Any]) -> list[dict[str, Any]]:
+        order = _ORDERS[job["kind"]].model_validate(job["orders"][0])
+        stages.run(job["kind"], order, self._store, self._note)
+        return []
+
+    def _evaluate(self, job: dict[str, Any]) -> list[dict[str, Any]]:
+        import torch
+
+        torch.set_num_threads(self._threads)
+        orders = [EvalOrder.model_validate(order) for order in job["orders"]]
+        protocol = orders[0].eval
+        key = protocol.model_dump_json()
+        if key not in self._harnesses:
+            self._harnesses[key] = stages.harness_for(protocol)
+        outcomes = stages.evaluate(orders, self._store, self._harnesses[key], self._note)
+        return [_failure(order.id, outcome) for order, outcome in outcomes if isinstance(outcome, PackcliError)]
+
+    def _note(self, done: int, total: int, remark: str) -> None:
+        now = time.monotonic()
+        if now - self._last_note >= _NOTE_EVERY_S or done == total:
+            self._last_note = now
+            self._send({"event": "note", "done": done, "total": total, "remark": remark})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        os.write(self._answers, orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _failure(id_: str, error: PackcliError) -> dict[str, Any]:
+    return {"id": id_, "cause": error.cause, "fix": error.fix, "exit_code": error.exit_code}
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"bug: {type(error).__name__}: {lines[0]}"
+
+
+def main() -> None:
+    runs, answers, threads, parent = sys.argv[1:5]
+    die_with_parent(int(parent))
+    Worker(Store(Path(runs)), int(answers), int(threads)).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Rows pooled over seeds, and each arm set against the baseline seed by seed. Pure: rows in, groups out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from packcli.eval.stats import mean_stderr, paired_difference
+from packcli.report.records import Group, Interval, PooledScore, Row, Speedup, TrainMeans
+from packcli.store import State
+
+Key = frozenset[tuple[str, str]]
+Pairs = list[tuple[Row, Row]]
+
+_NO_SCATTER = 1e-9
+"""A standard error of less, as a fraction of 1, is rounding: scores step by at least 1 item of a task."""
+
+
+def pool(rows: Sequence[Row], baseline: str | None) -> tuple[Group, ...]:
+    """One group for each set of labels without `seed`, in the order of `rows`."""
+    members: dict[Key, list[Row]] = {}
+    for row in rows:
+        members.setdefault(_key(row, "seed"), []).append(row)
+    partners = {_key(row, "arm"): row for row in rows if row.labels.get("arm") == baseline}
+    return tuple(_group(found, _pairs(found, partners, baseline)) for found in members.values())
+
+
+def _key(row: Row, without: str) -> Key:
+    return frozenset((axis, value) for axis, value in row.labels.items() if axis != without)
+
+
+def _pairs(rows: list[Row], partners: dict[Key, Row], baseline: str | None) -> Pairs:
+    """(baseline's row, own row) wherever all labels but the arm agree; none for the baseline itself."""
+    if rows[0].labels.get("arm") == baseline:
+        return []
+    return [(partner, row) for row in rows if (partner := partners.get(_key(row, "arm"))) is not None]
+
+
+def _group(rows: list[Row], pairs: Pairs) -> Group:
+    averages = [row.average for row in rows if row.average is not None]
+    average, stderr = mean_stderr(averages) if averages else (None, None)
+    delta, interval, detectable, n_pairs = _difference(pairs)
+    tasks = dict.fromkeys(task for row in rows for task in row.tasks)
+    pooled = {task: score for task in tasks if (score := _task(rows, task)) is not None}
+    return Group(
+        labels={axis: value for axis, value in rows[0].labels.items() if axis != "seed"},
+        n_seeds=len(averages),
+        average=average,
+        stderr=stderr,
+        delta=delta,
+        interval=interval,
+        n_cells=len(rows),
+        n_pairs=n_pairs,
+        stderr_items=_of_average(list(pooled.values())) if averages else None,
+        detectable=detectable,
+        states=_count([row.state for row in rows]),
+        train_states=_count([row.train_state for row in rows]),
+        task_states={task: _count([row.tasks[task] for row in rows if task in row.tasks]) for task in tasks},
+        train=_train(rows),
+        ledger=_ledger(rows),
+        eval=pooled,
+        speedup=_speedup(pairs),
+        slot_ratio=_ratio(pairs, lambda row: row.train.slots if row.train else None)[0],
+    )
+
+
+def _count(states: list[State]) -> dict[State, int]:
+    return dict(Counter(states))
+
+
+def _difference(pairs: Pairs) -> tuple[float | None, Interval | None, float | None, int]:
+    """Mean difference of the averages, its interval, the detectable effect, and the number of pairs."""
+    both = [(a.average, b.average) for a, b in pairs if a.average is not None and b.average is not None]
+    if not both:
+        return None, None, None, 0
+    found = paired_difference([a for a, _ in both], [b for _, b in both])
+    if found.low is None or found.high is None or found.high - found.low < _NO_SCATTER:
+        # Seeds that happen to agree to the last item do not make a difference certain.
+        return found.mean, None, None, found.n
+    return found.mean, (found.low, found.high), found.detectable, found.n
+
+
+def _task(rows: list[Row], task: str) -> PooledScore | None:
+    scores = [row.eval[task] for row in rows if task in row.eval]
+    if not scores:
+        return None
+    mean, stderr = mean_stderr([score.score for score in scores])
+    squares = [score.stderr**2 for score in scores if score.stderr is not None]
+    return PooledScore(
+        metric=scores[0].metric,
+        score=mean,
+        stderr=stderr,
+        stderr_items=math.sqrt(math.fsum(squares) / len(squares)) if squares else None,
+        n_seeds=len(scores),
+        n=min(score.n for score in scores),
+        n_total=max(score.n_total for score in scores),
+        partial=any(score.partial for score in scores),
+    )
+
+
+def _of_average(scores: list[PooledScore]) -> float | None:
+    """Standard error over test items of the unweighted mean of tasks that share no items."""
+    errors = [score.stderr_items for score in scores if score.stderr_items is not None]
+    if not errors or len(errors) < len(scores):
+        return None
+    return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
+
+
+def _train(rows: list[Row]) -> TrainMeans | None:
+    trains = [row.train for row in rows if row.train is not None]
+    if not trains:
+        return None
+    names = [name for name in TrainMeans.model_fields if name != "n"]
+    means = {name: _mean([getattr(train, name) for train in trains]) for name in names}
+    return TrainMeans(n=len(trains), **means)
+
+
+def _ledger(rows: list[Row]) -> dict[str, float] | None:
+    ledgers = [row.ledger for row in rows if row.ledger is not None]
+    if not ledgers:
+        return None
+    means = {word: _mean([ledger.get(word) for ledger in ledgers]) for word in ledgers[0]}
+    return {word: mean for word, mean in means.items() if mean is not None}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _speedup(pairs: Pairs) -> Speedup | None:
+    trained = [(a, b) for a, b in pairs if a.train is not None and b.train is not None]
+    if not trained:
+        return None
+    cpu, cpu_range = _ratio(trained, lambda row: row.train.cpu_s if row.train else None)
+    wall, wall_range = _ratio(trained, lambda row: row.train.wall_s if row.train else None)
+    return Speedup(cpu=cpu, cpu_range=cpu_range, wall=wall, wall_range=wall_range, n_pairs=len(trained))
+
+
+def _ratio(pairs: Pairs, measure: Callable[[Row], float | None]) -> tuple[float | None, Interval | None]:
+    """Mean of the baseline over the own mean, and the least and greatest ratio of a single pair."""
+    both = [(a, b) for one, other in pairs if (a := measure(one)) and (b := measure(other))]
+    if not both:
+        return None, None
+    ratios = [a / b for a, b in both]
+    return math.fsum(a for a, _ in both) / math.fsum(b for _, b in both), (min(ratios), max(ratios))

@@ -1,0 +1,98 @@
+"""What `packcli prepare` prints: for each way of making rows, where every conversation and token went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from packcli.plan import Plan
+from packcli.store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Each block adds up: its first line is the sum of those below it, up to the blank.
+_BLOCKS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (
+        ("conversations read", "conversations_in"),
+        ("  rejected (see rejected.jsonl)", "conversations_rejected"),
+        ("  documents", "documents"),
+    ),
+    (
+        ("documents", "documents"),
+        ("  held out for validation", "documents_validation"),
+        ("  dropped: no label left", "documents_dropped"),
+        ("  kept", "documents_kept"),
+        ("    of these cut over rows", "documents_cut"),
+    ),
+    (
+        ("tokens read", "tokens_in"),
+        ("  held out for validation", "tokens_validation"),
+        ("  truncated", "tokens_truncated"),
+        ("  dropped", "tokens_dropped"),
+        ("  kept", "tokens_kept"),
+        ("    of these supervised", "tokens_supervised"),
+    ),
+    (
+        ("slots computed an epoch", "slots"),
+        ("  kept tokens", "tokens_kept"),
+        ("  padding", "tokens_padding"),
+        ("  boundary tokens", "tokens_boundary"),
+    ),
+    (("rows", "rows"), ("  fewest possible", "rows_lower_bound")),
+)
+
+
+def collect(plan: Plan, store: Store) -> dict[str, Any]:
+    """The contract's `prepare` document; `ledger` is null for a cell whose prepare failed."""
+    cells = []
+    for cell in plan.cells:
+        manifest = store.manifest("index", cell.index)
+        cells.append(
+            {
+                "cell": cell.id,
+                "labels": cell.labels,
+                "prepare_id": cell.index,
+                "tokens_path": str(store.directory("tokens", cell.tokens)),
+                "index_path": str(store.directory("index", cell.index)),
+                "ledger": manifest.results["ledger"] if manifest else None,
+            }
+        )
+    return {"cells": cells}
+
+
+def table(document: dict[str, Any]) -> Table:
+    """One column per distinct row index; of several seeds the first."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = _columns(document)
+    shown = Table(box=box.SIMPLE_HEAD, caption="One epoch. Of several seeds, the first.", caption_justify="left")
+    shown.add_column("ledger", no_wrap=True)
+    for name, _ in columns:
+        shown.add_column(escape(name), justify="right")
+    for block in _BLOCKS:
+        for words, key in block:
+            shown.add_row(words, *("failed" if ledger is None else f"{ledger[key]:,}" for _, ledger in columns))
+        shown.add_row()
+    efficiency = ("failed" if ledger is None else f"{ledger['efficiency']:.2%}" for _, ledger in columns)
+    shown.add_row("efficiency: kept tokens / slots", *efficiency)
+    return shown
+
+
+def _columns(document: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(name, ledger) of each distinct index, named by the labels that tell the columns apart."""
+    first: dict[tuple[str, ...], Any] = {}
+    indexes: set[str] = set()
+    for cell in document["cells"]:
+        labels = tuple(f"{value}" for axis, value in cell["labels"].items() if axis != "seed")
+        if cell["prepare_id"] not in indexes and labels not in first:
+            first[labels] = cell["ledger"]
+        indexes.add(cell["prepare_id"])
+    varying = [len({labels[n] for labels in first}) > 1 for n in range(len(next(iter(first))))]
+    if not any(varying):
+        varying[-1] = True
+    return [
+        (" ".join(part for part, keep in zip(labels, varying, strict=True) if keep), ledger)
+        for labels, ledger in first.items()
+    ]

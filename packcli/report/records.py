@@ -1,0 +1,180 @@
+"""What a report holds: its JSON is the contract of `packcli report --format json`.
+
+Scores, averages and differences are fractions of 1 (tables show them times 100); a missing number is null.
+"""
+
+from __future__ import annotations
+
+from packcli.config import Spec
+from packcli.store import State
+
+Interval = tuple[float, float]
+
+
+class Train(Spec):
+    """A finished training. `tokens`, `slots`, `supervised` are of the whole run; `efficiency` is the ledger's.
+
+    `mfu` is null where the peak of the device is unknown, as on CPUs.
+    """
+
+    steps: int | None
+    wall_s: float | None
+    cpu_s: float | None
+    useful_tokens_per_s: float | None
+    padded_tokens_per_s: float | None
+    mfu: float | None
+    efficiency: float | None
+    final_loss: float | None
+    validation_loss: float | None
+    tokens: int | None
+    slots: int | None
+    supervised: int | None
+    random_weights: bool
+    device: str | None
+    processes: int | None
+    threads: int | None
+
+
+class Score(Spec):
+    """One task of one model. `stderr` is over the test items; null for a single item.
+
+    `partial`: only `n` of the task's `n_total` items were scored.
+    """
+
+    metric: str
+    score: float
+    stderr: float | None
+    n: int
+    n_total: int
+    partial: bool
+    version: int | str | None
+    health: dict[str, float]
+
+
+class Failure(Spec):
+    """Why a stage of the cell failed: `stage` as a user would say it, such as `eval gsm8k`."""
+
+    stage: str
+    cause: str
+    fix: str
+
+
+class Row(Spec):
+    """One cell. `average` is the unweighted mean over its tasks, null when any of them is missing.
+
+    `tasks`: the state of each task, `failed` also where a stage before it failed. `ledger`: one epoch, in the
+    words of `packcli prepare`. `ids`: the stage directories that hold all this.
+    """
+
+    labels: dict[str, str]
+    state: State
+    train: Train | None
+    eval: dict[str, Score]
+    average: float | None
+    cell: str
+    ids: dict[str, str]
+    train_state: State
+    tasks: dict[str, State]
+    failures: tuple[Failure, ...]
+    ledger: dict[str, float] | None
+
+
+class TrainMeans(Spec):
+    """Means over the `n` cells of a group that finished training; each over those that have the number."""
+
+    n: int
+    steps: float | None
+    wall_s: float | None
+    cpu_s: float | None
+    useful_tokens_per_s: float | None
+    padded_tokens_per_s: float | None
+    mfu: float | None
+    efficiency: float | None
+    final_loss: float | None
+    validation_loss: float | None
+    tokens: float | None
+    slots: float | None
+
+
+class PooledScore(Spec):
+    """One task over seeds. `stderr` is over seeds, null for one seed; `stderr_items` that of one run over the
+    test items (root mean square over seeds). `n` and `n_total` are test items, `n_seeds` models."""
+
+    metric: str
+    score: float
+    stderr: float | None
+    stderr_items: float | None
+    n_seeds: int
+    n: int
+    n_total: int
+    partial: bool
+
+
+class Speedup(Spec):
+    """Mean time of the baseline over this arm's, over the `n_pairs` seeds that both have.
+
+    `cpu_range`, `wall_range`: the lowest and the highest of the ratio seed by seed.
+    """
+
+    cpu: float | None
+    cpu_range: Interval | None
+    wall: float | None
+    wall_range: Interval | None
+    n_pairs: int
+
+
+class Group(Spec):
+    """Cells whose labels differ in `seed` only; `labels` leaves it out.
+
+    `n_seeds` of its `n_cells` have an average: `average` and `stderr` are over those. `delta` is the mean
+    difference to the baseline arm over the `n_pairs` seeds both have; null without any, and for the baseline
+    itself. `interval` (95%, Student's t) and `detectable` (the smallest effect such a sweep finds in 80% of
+    repetitions) are null for fewer than two pairs, and where the pairs do not scatter at all.
+    """
+
+    labels: dict[str, str]
+    n_seeds: int
+    average: float | None
+    stderr: float | None
+    delta: float | None
+    interval: Interval | None
+    n_cells: int
+    n_pairs: int
+    stderr_items: float | None
+    detectable: float | None
+    states: dict[State, int]
+    train_states: dict[State, int]
+    task_states: dict[str, dict[State, int]]
+    train: TrainMeans | None
+    ledger: dict[str, float] | None
+    eval: dict[str, PooledScore]
+    speedup: Speedup | None
+    slot_ratio: float | None
+
+    @property
+    def arm(self) -> str:
+        return self.labels.get("arm", "")
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """All labels but the arm: what arms are compared within."""
+        return {axis: value for axis, value in self.labels.items() if axis != "arm"}
+
+
+class Report(Spec):
+    sweep: str
+    baseline: str | None
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+    verdict: str
+
+    def settings(self) -> list[tuple[dict[str, str], list[Group]]]:
+        """Groups by setting, both in the order of the sweep."""
+        return by_setting(self.groups)
+
+
+def by_setting(groups: tuple[Group, ...]) -> list[tuple[dict[str, str], list[Group]]]:
+    found: dict[frozenset[tuple[str, str]], list[Group]] = {}
+    for group in groups:
+        found.setdefault(frozenset(group.setting.items()), []).append(group)
+    return [(members[0].setting, members) for members in found.values()]

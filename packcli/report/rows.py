@@ -1,0 +1,153 @@
+"""Manifests to one row per cell. Reads the store, never writes; what is not there stays null."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from packcli.files import read_json
+from packcli.plan import Cell, Kind, Plan
+from packcli.report import groups, verdict
+from packcli.report.records import Failure, Report, Row, Score, Train
+from packcli.store import State, Store
+
+_LEDGER = (
+    "conversations_in",
+    "conversations_rejected",
+    "documents",
+    "documents_validation",
+    "documents_dropped",
+    "documents_kept",
+    "documents_cut",
+    "tokens_in",
+    "tokens_validation",
+    "tokens_truncated",
+    "tokens_dropped",
+    "tokens_kept",
+    "tokens_padding",
+    "tokens_boundary",
+    "tokens_supervised",
+    "rows",
+    "rows_lower_bound",
+    "slots",
+    "efficiency",
+)
+
+
+def collect(plan: Plan, store: Store) -> Report:
+    """Every cell of the sweep as it stands on disk, pooled over seeds, with a verdict.
+
+    Raises:
+        IntegrityError: a manifest is damaged.
+    """
+    rows = tuple(_row(cell, plan, store) for cell in plan.cells)
+    pooled = groups.pool(rows, plan.baseline)
+    return Report(
+        sweep=plan.name,
+        baseline=plan.baseline,
+        rows=rows,
+        groups=pooled,
+        verdict=verdict.write(plan, rows, pooled),
+    )
+
+
+def _row(cell: Cell, plan: Plan, store: Store) -> Row:
+    states = _States(plan, store)
+    train_state = states.of("train", cell.train)
+    tasks = {task: states.of("eval", id_) for task, id_ in cell.evals.items()}
+    ledger = _ledger(cell, store)
+    scores = {task: score for task, id_ in cell.evals.items() if (score := _score(id_, store)) is not None}
+    complete = bool(cell.evals) and len(scores) == len(cell.evals)
+    return Row(
+        labels=cell.labels,
+        state=_overall([train_state, *tasks.values()]),
+        train=_train(cell, store, ledger),
+        eval=scores,
+        average=math.fsum(score.score for score in scores.values()) / len(scores) if complete else None,
+        cell=cell.id,
+        ids={"tokens": cell.tokens, "index": cell.index, "train": cell.train}
+        | {f"eval {task}": id_ for task, id_ in cell.evals.items()},
+        train_state=train_state,
+        tasks=tasks,
+        failures=tuple(states.failures.values()),
+        ledger=ledger,
+    )
+
+
+class _States:
+    """States of the stages of one cell; `failures` fills with those met that failed, each once."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self._plan, self._store = plan, store
+        self.failures: dict[tuple[Kind, str], Failure] = {}
+
+    def of(self, kind: Kind, id_: str) -> State:
+        """As on disk, but a stage that waits for a failed one failed too, and for a running one runs."""
+        state = self._store.state(kind, id_)
+        if state == "failed":
+            self.failures[kind, id_] = _failure(kind, id_, self._plan, self._store)
+        if state != "pending":
+            return state
+        before = {self.of(*upstream) for upstream in self._plan.inputs(kind, id_)}
+        return "failed" if "failed" in before else "running" if "running" in before else "pending"
+
+
+def _overall(states: list[State]) -> State:
+    if "failed" in states:
+        return "failed"
+    if "running" in states:
+        return "running"
+    return "done" if set(states) == {"done"} else "pending"
+
+
+def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
+    match kind:
+        case "tokens" | "index":
+            stage = "prepare"
+        case "train":
+            stage = "train of the base model" if id_ in plan.shared else "train"
+        case "eval":
+            stage = f"eval {plan.evals[id_].task}"
+    try:
+        found = read_json(store.failure_file(kind, id_))
+        return Failure(stage=stage, cause=str(found["cause"]), fix=str(found.get("fix") or ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Failure(stage=stage, cause="its failure.json cannot be read", fix="")
+
+
+def _ledger(cell: Cell, store: Store) -> dict[str, float] | None:
+    manifest = store.manifest("index", cell.index)
+    if manifest is None or not isinstance(found := manifest.results.get("ledger"), dict):
+        return None
+    return {word: found[word] for word in _LEDGER if word in found}
+
+
+def _train(cell: Cell, store: Store, ledger: dict[str, float] | None) -> Train | None:
+    manifest = store.manifest("train", cell.train)
+    if manifest is None:
+        return None
+    results = manifest.results
+    efficiency = ledger.get("efficiency") if ledger else None
+    if efficiency is None and results.get("slots"):
+        efficiency = results["tokens"] / results["slots"]
+    found = {name: results.get(name) for name in Train.model_fields if name not in ("efficiency", "random_weights")}
+    return Train(**found, efficiency=efficiency, random_weights=bool(results.get("random_weights")))
+
+
+def _score(id_: str, store: Store) -> Score | None:
+    manifest = store.manifest("eval", id_)
+    if manifest is None:
+        return None
+    results: dict[str, Any] = manifest.results
+    n, n_total = int(results["n"]), int(results.get("n_total") or results["n"])
+    stderr = results.get("stderr")
+    return Score(
+        metric=results["metric"],
+        score=results["score"],
+        stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
+        n=n,
+        n_total=n_total,
+        partial=n < n_total,
+        version=results.get("version"),
+        health=results.get("health") or {},
+    )

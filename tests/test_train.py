@@ -1,0 +1,457 @@
+"""The training half: equal objectives under every layout and split, and runs that end where they would have."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packcli import packing, stages
+from packcli.config import ARMS, ArmSpec, ModelSpec, TrainSpec
+from packcli.data import index as indexes
+from packcli.data.index import Index
+from packcli.data.tokenizer import load_directory
+from packcli.data.tokens import Tokens
+from packcli.errors import IntegrityError, PreemptedError, RunError
+from packcli.files import read_jsonl
+from packcli.model import attention, load, probe
+from packcli.model.attention import Segments
+from packcli.model.collate import Batch, collate
+from packcli.plan import IndexOrder, TokenizerOrder, TokensOrder, TrainOrder
+from packcli.store import Store, normalized
+from packcli.train import batches, checkpoint, loop, loss, optim
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "sft"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 1024,
+}
+MAX_LENGTH = 192
+
+
+def arm(name: str) -> ArmSpec:
+    return ArmSpec.model_validate(ARMS[name])
+
+
+class Data:
+    """A small token store and its row indexes."""
+
+    def __init__(self, root: Path, source: str, max_documents: int) -> None:
+        self.store = Store(root)
+        tokenizer = TokenizerOrder(
+            sources=(source,), max_documents=max_documents, template="chatml", vocab_size=600
+        )
+        self.order = TokensOrder(
+            id="tokens",
+            sources=(source,),
+            mapping=None,
+            max_documents=max_documents,
+            train_on="assistant",
+            template="chatml",
+            tokenizer=tokenizer,
+        )
+        self.manifest = stages.prepare_tokens(self.order, self.store)
+        self.tokens: Tokens = stages.open_tokens(self.store, self.manifest)
+        self.tokenizer = load_directory(self.store.tokenizer("tokens"))
+
+    def index(self, name: str, max_length: int = MAX_LENGTH, seed: int = 0) -> Index:
+        order = IndexOrder(
+            id=f"{name}-{max_length}-{seed}",
+            tokens="tokens",
+            max_length=max_length,
+            validation=0.1,
+            seed=seed,
+            arm=arm(name),
+        )
+        stages.prepare_index(order, self.store)
+        return indexes.read(self.store.rows(order.id))
+
+    def model(self, seed: int = 0) -> torch.nn.Module:
+        spec = ModelSpec(config=LLAMA, tokenizer="train", vocab_size=600)
+        return load.load(spec, None, self.tokenizer, MAX_LENGTH, seed)
+
+    def batch(self, name: str, rows: list[int], max_length: int = MAX_LENGTH) -> Batch:
+        return collate(self.tokens, self.index(name, max_length), rows, arm(name), max_length, 0)
+
+    def train_order(self, name: str, id_: str, **changes: object) -> TrainOrder:
+        self.index(name)
+        train = {"steps": 8, "lr": 1e-2, "global_batch": 4, "micro_batch": 2, "threads": 1, **changes}
+        return TrainOrder(
+            id=id_,
+            tokens="tokens",
+            index=f"{name}-{MAX_LENGTH}-0",
+            base=None,
+            model=ModelSpec(config=LLAMA, tokenizer="train", vocab_size=600),
+            arm=arm(name),
+            train=TrainSpec.model_validate(train),
+            max_length=MAX_LENGTH,
+            seed=0,
+        )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return Data(tmp_path_factory.mktemp("tiny"), "tiny", 200)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    if not REAL.is_dir():
+        pytest.skip("the real chat data is not beside this checkout")
+    return Data(tmp_path_factory.mktemp("real"), str(REAL / "sharegpt_dummy.json"), 60)
+
+
+@pytest.fixture(params=["tiny", "real"])
+def data(request: pytest.FixtureRequest) -> Data:
+    return request.getfixturevalue(request.param)
+
+
+def gradients(model: torch.nn.Module, parts: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Token-mean loss over all parts, and its gradient by parameter."""
+    model.zero_grad()
+    labels = sum(len(part.labels) for part in parts)
+    total = sum(loss.token_sum(model, part) for part in parts) / labels
+    total.backward()
+    return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(one: tuple[float, dict], other: tuple[float, dict], tolerance: float = 1e-5) -> None:
+    assert one[0] == pytest.approx(other[0], rel=tolerance)
+    for name, reference in other[1].items():
+        worst = (one[1][name] - reference).abs().max() / reference.abs().max()
+        assert worst <= tolerance, f"{name}: {worst:.2e}"
+
+
+# The objective ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["best_fit", "padding_free"])
+def test_packing_with_a_document_mask_does_not_change_loss_or_any_gradient(data: Data, layout: str) -> None:
+    model = data.model()
+    packed, padded = data.index(layout), data.index("padding")
+    rows = list(range(min(12, packed.rows.num_rows)))
+    documents = {
+        int(d) for r in rows for d in packed.rows.document[packed.rows.offsets[r] : packed.rows.offsets[r + 1]]
+    }
+    alone = [
+        r for r in range(padded.rows.num_rows) if int(padded.rows.document[padded.rows.offsets[r]]) in documents
+    ]
+    assert len(documents) == len(alone) >= len(rows)
+    one = gradients(model, [data.batch(layout, rows)])
+    other = gradients(model, [data.batch("padding", [row]) for row in alone])
+    assert_close(one, other)
+
+
+def test_positions_are_not_what_keeps_documents_apart(tiny: Data) -> None:
+    """RoPE is relative: running positions under a document mask must give the same loss as reset ones."""
+    model = tiny.model()
+    batch = tiny.batch("best_fit", [0, 1, 2])
+    running = Batch(
+        batch.input_ids,
+        torch.arange(batch.num_slots)[None] % MAX_LENGTH,
+        batch.segments,
+        batch.predict,
+        batch.labels,
+    )
+    with torch.no_grad():
+        assert float(loss.token_sum(model, running)) == pytest.approx(
+            float(loss.token_sum(model, batch)), rel=1e-5
+        )
+
+
+def test_a_causal_pack_attends_across_documents_on_purpose(data: Data) -> None:
+    """transformers masks documents by itself when it sees reset positions: then the paper's arms would vanish."""
+    model = data.model()
+    crossing, masked = arm("greedy"), arm("best_fit")
+    rows = data.index("greedy")
+    row = int(np.argmax(np.diff(rows.rows.offsets)))
+    changed = collate(data.tokens, rows, [row], crossing, MAX_LENGTH, 0)
+    isolated = collate(data.tokens, rows, [row], masked, MAX_LENGTH, 0)
+    assert torch.equal(changed.input_ids, isolated.input_ids)
+    with torch.no_grad():
+        assert abs(float(loss.token_sum(model, changed)) / float(loss.token_sum(model, isolated)) - 1) > 1e-5
+    assert probe.isolation(model, crossing, 500).crosses
+    assert not probe.isolation(model, masked, 500).crosses
+
+
+def test_a_leaking_model_is_refused_before_the_first_step(tiny: Data) -> None:
+    model = tiny.model()
+    original = model.forward
+
+    def leaking(*args: object, segments: Segments, **kwargs: object) -> object:
+        return original(*args, segments=Segments((sum(segments.lengths),)), **kwargs)
+
+    model.forward = leaking  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="another's outputs"):
+        probe.isolation(model, arm("best_fit"), 500)
+
+
+def test_a_model_call_without_segments_fails_instead_of_leaking(tiny: Data) -> None:
+    with pytest.raises(TypeError, match="segments"):
+        tiny.model()(input_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["padding", "random", "best_fit"])
+def test_splitting_a_step_into_micro_batches_does_not_change_its_gradient(tiny: Data, name: str) -> None:
+    model, rows = tiny.model(), list(range(6))
+    whole = gradients(model, [tiny.batch(name, rows)])
+    split = gradients(model, [tiny.batch(name, rows[:1]), tiny.batch(name, rows[1:4]), tiny.batch(name, rows[4:])])
+    assert_close(split, whole)
+
+
+def test_a_rank_without_rows_adds_no_loss_and_no_gradient(tiny: Data) -> None:
+    model = tiny.model()
+    empty = collate(tiny.tokens, tiny.index("best_fit"), [], arm("best_fit"), MAX_LENGTH, 0)
+    summed = loss.token_sum(model, empty)
+    summed.backward()
+    assert float(summed.detach()) == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_labels_of_the_index_and_of_the_batches_are_the_same_tokens(tiny: Data, name: str) -> None:
+    rows = tiny.index(name)
+    for row in range(min(40, rows.rows.num_rows)):
+        batch = tiny.batch(name, [row])
+        assert len(batch.labels) == rows.supervised[row]
+        assert torch.equal(batch.input_ids[0, batch.predict + 1], batch.labels)
+        assert sum(batch.segments) == batch.num_slots
+        assert batch.num_slots == (rows.tokens[row] if name == "padding_free" else MAX_LENGTH)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
+def test_dense_mask_loop_and_batched_attention_agree(lengths: list[int], gqa: bool) -> None:
+    torch.manual_seed(0)
+    slots, module = sum(lengths), torch.nn.Identity()
+    q, k, v = torch.randn(1, 4, slots, 8), *torch.randn(2, 1, 2 if gqa else 4, slots, 8).unbind(0)
+    reference, _ = attention.forward(module, q, k, v, None, segments=Segments(tuple(lengths)))
+    attention_dense, attention.DENSE_SLOTS = attention.DENSE_SLOTS, 0
+    try:
+        looped, _ = attention.forward(module, q, k, v, None, segments=Segments(tuple(lengths)))
+    finally:
+        attention.DENSE_SLOTS = attention_dense
+    torch.testing.assert_close(looped, reference, rtol=1e-5, atol=1e-6)
+
+
+# Batches and rates --------------------------------------------------------------------------------------
+
+
+def fake_index(documents: list[int]) -> Index:
+    """Rows in which the given numbers of documents start, ten tokens each."""
+    count = np.asarray(documents, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.maximum(count, 1))])
+    pieces = np.arange(offsets[-1])
+    rows = packing.Rows(document=pieces, start=pieces * 0, stop=pieces * 0 + 10, offsets=offsets)
+    return Index(rows, np.maximum(count, 1) * 10, count, np.maximum(count, 1) * 5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(lambda counts: sum(counts) > 0),
+    st.integers(1, 12),
+    st.sampled_from(["rows", "documents", "tokens"]),
+    st.integers(1, 3),
+)
+def test_every_row_comes_once_an_epoch_and_no_step_is_empty(
+    documents: list[int], global_batch: int, unit: str, epochs: int
+) -> None:
+    index = fake_index(documents)
+    spec = TrainSpec.model_validate({"epochs": epochs, "lr": 1, "global_batch": global_batch, "batch_unit": unit})
+    steps = batches.plan(index, spec, seed=3)
+    assert all(len(step) for step in steps)
+    order = np.concatenate(steps).reshape(epochs, -1)
+    assert all(sorted(epoch) == list(range(len(documents))) for epoch in order.tolist())
+    weights = {"rows": np.ones(len(documents), int), "documents": index.documents, "tokens": index.tokens}[unit]
+    reached = np.cumsum([weights[step].sum() for step in steps])
+    lasts = np.array([weights[step[-1]] for step in steps])
+    # Each step but the last crosses a multiple of the batch with its last row, and not before.
+    for total, last in list(zip(reached, lasts, strict=True))[:-1]:
+        assert total // global_batch > (total - last) // global_batch
+
+
+def test_a_step_budget_gives_exactly_that_many_steps() -> None:
+    for unit in ("rows", "documents", "tokens"):
+        spec = TrainSpec.model_validate({"steps": 57, "lr": 1, "global_batch": 7, "batch_unit": unit})
+        assert len(batches.plan(fake_index([3, 1, 0, 5, 2]), spec, seed=0)) == 57
+
+
+def test_a_token_budget_stops_at_the_row_that_reaches_it() -> None:
+    spec = TrainSpec.model_validate({"tokens": 95, "lr": 1, "global_batch": 1})
+    rows = np.concatenate(batches.plan(fake_index([1] * 4), spec, seed=0))
+    assert len(rows) == 10
+
+
+def test_padding_and_padding_free_see_the_same_order(tiny: Data) -> None:
+    spec = TrainSpec.model_validate({"epochs": 2, "lr": 1, "global_batch": 5})
+    one, other = (batches.plan(tiny.index(name), spec, seed=1) for name in ("padding", "padding_free"))
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5))
+def test_ranks_have_equally_many_micro_batches_and_share_all_rows(rows: int, world: int, micro: int) -> None:
+    shares = [batches.share(np.arange(rows), rank, world, micro) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(rows))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_are_those_of_transformers(schedule: str) -> None:
+    from transformers import get_scheduler
+
+    spec = TrainSpec.model_validate(
+        {"steps": 50, "lr": 0.3, "global_batch": 1, "schedule": schedule, "warmup_ratio": 0.2}
+    )
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, adamw, num_warmup_steps=10, num_training_steps=50)
+    for step in range(50):
+        assert optim.lr_at(step, 50, spec) == pytest.approx(adamw.param_groups[0]["lr"], abs=1e-12)
+        adamw.step()
+        theirs.step()
+
+
+# Whole runs ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_a_checkpoint_that_transformers_loads(tiny: Data) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    manifest = stages.train(tiny.train_order("best_fit", "whole"), tiny.store)
+    final = tiny.store.final("whole")
+    model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert "<|im_start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop in GenerationConfig.from_pretrained(final).eos_token_id
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert manifest.results["steps"] == 8
+    assert manifest.results["random_weights"] is True
+    assert manifest.results["isolation"] == {"expected": "document", "crosses": False, "device": "cpu"}
+    assert math.isfinite(manifest.results["validation_loss"])
+    losses = [record["loss"] for record in read_jsonl(tiny.store.metrics("whole"))]
+    assert losses[-1] < losses[0]
+
+
+def stop_after(step: int) -> Callable[[int, int, str], None]:
+    """A note that ends the run as a kill would: nothing is cleaned up after the given step."""
+
+    class Killed(BaseException):
+        pass
+
+    def note(done: int, total: int, remark: str) -> None:
+        if done == step:
+            raise Killed
+
+    note.error = Killed  # type: ignore[attr-defined]
+    return note
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(tiny: Data) -> None:
+    whole = tiny.train_order("random", "uninterrupted", save_every=3)
+    stages.train(whole, tiny.store)
+    broken = whole.model_copy(update={"id": "interrupted"})
+    note = stop_after(5)
+    with pytest.raises(note.error):  # type: ignore[attr-defined]
+        stages.train(broken, tiny.store, note)
+    assert [step for step, _ in tiny.store.checkpoints("interrupted")] == [3]
+    stages.train(broken, tiny.store)
+    assert files(tiny.store.final("interrupted")) == files(tiny.store.final("uninterrupted"))
+    one, other = (
+        [normalized(record) for record in read_jsonl(tiny.store.metrics(id_))]
+        for id_ in ("interrupted", "uninterrupted")
+    )
+    assert one == other
+    assert not tiny.store.checkpoints("interrupted")
+
+
+def test_a_changed_checkpoint_is_refused_and_an_unfinished_one_ignored(tiny: Data) -> None:
+    order = tiny.train_order("best_fit", "damaged", save_every=2)
+    note = stop_after(5)
+    with pytest.raises(note.error):  # type: ignore[attr-defined]
+        stages.train(order, tiny.store, note)
+    newest = tiny.store.checkpoint("damaged", 4)
+    (tiny.store.checkpoint("damaged", 6)).mkdir()
+    assert checkpoint.latest(tiny.store, "damaged") == newest
+    shard = next(newest.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(IntegrityError, match=shard.name):
+        stages.train(order, tiny.store)
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_documents(tiny: Data) -> None:
+    order = tiny.train_order("padding", "diverged", lr=1e30, clip=None, warmup_ratio=0)
+    with pytest.raises(RunError, match=r"step \d+: loss .*Documents: tiny:\d+"):
+        stages.train(order, tiny.store)
+    failure = json.loads(tiny.store.failure_file("train", "diverged").read_bytes())
+    assert "no update was made" in failure["cause"]
+    assert tiny.store.state("train", "diverged") == "failed"
+    assert not tiny.store.final("diverged").exists()
+
+
+def test_sigterm_writes_a_checkpoint_at_a_step_boundary(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    order = tiny.train_order("best_fit", "preempted")
+
+    def note(done: int, total: int, remark: str) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError):
+        stages.train(order, tiny.store, note)
+    [(step, _)] = tiny.store.checkpoints("preempted")
+    assert step == 3
+    stages.train(order, tiny.store)
+    assert tiny.store.state("train", "preempted") == "done"
+
+
+def test_weights_that_do_not_match_their_config_are_refused(tiny: Data, tmp_path: Path) -> None:
+    from packcli.errors import ConfigError
+
+    model = copy.deepcopy(tiny.model())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="do not match their config"):
+        load.load(ModelSpec(name=str(tmp_path)), None, tiny.tokenizer, MAX_LENGTH, 0)
+
+
+def test_a_context_too_short_for_the_rows_is_refused(tiny: Data) -> None:
+    from packcli.errors import ConfigError
+
+    spec = ModelSpec(config={**LLAMA, "max_position_embeddings": 64}, tokenizer="train", vocab_size=600)
+    with pytest.raises(ConfigError, match="positions for 64 tokens"):
+        load.load(spec, None, tiny.tokenizer, MAX_LENGTH, 0)
+
+
+def test_metrics_count_the_slots_each_layout_computes(tiny: Data) -> None:
+    stages.train(tiny.train_order("padding", "slots-padding", steps=2), tiny.store)
+    stages.train(tiny.train_order("padding_free", "slots-free", steps=2), tiny.store)
+    padded, free = (tiny.store.manifest("train", id_) for id_ in ("slots-padding", "slots-free"))
+    assert padded is not None
+    assert free is not None
+    assert padded.results["slots"] == 2 * 4 * MAX_LENGTH
+    assert free.results["slots"] == free.results["tokens"] == padded.results["tokens"]
+    assert loop.Progress().step == 0
