@@ -82,16 +82,13 @@ def train(
             f"{len(missing)} prepare stages are missing: training never tokenizes and never packs",
             f"run `packcli prepare {sweep}` first (with the same --only, --set and --runs)",
         )
-    main = int(os.environ.get("RANK", "0")) == 0
     failures: list[local.Failure] = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for kind, id_ in closure(plan, targets):
-            if kind == "train":
-                stages.train(plan.trains[id_], store)
+        stages.train_together([plan.trains[id_] for kind, id_ in closure(plan, targets) if kind == "train"], store)
     else:
         store.write_plan(plan)
         failures = local.run(plan, store, targets)
-    if main:
+    if os.environ.get("RANK", "0") == "0":
         _report(plan, store, "json" if json else "table")
     _finish(failures)
 

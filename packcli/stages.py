@@ -197,21 +197,32 @@ def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
             note=note,
         )
 
-    if distributed.rank() != 0:
+    if distributed.rank() == 0:
+        with store.writing("train", order.id):
+            results = work()
+            tokenizer = source.outputs["tokenizer/tokenizer.json"].sha256
+            bases = {"base": order.base} if order.base else {}
+            store.commit(
+                "train",
+                order.id,
+                spec=order.model_dump(mode="json"),
+                inputs={"tokens": order.tokens, "index": order.index, **bases},
+                results={**results, "tokenizer_sha256": tokenizer},
+                provenance={},
+            )
+    else:
         work()
-        manifest = store.manifest("train", order.id)
-        return manifest or Manifest.model_construct(stage="train", id=order.id, results={})
-    with store.writing("train", order.id):
-        results = work()
-        tokenizer = source.outputs["tokenizer/tokenizer.json"].sha256
-        return store.commit(
-            "train",
-            order.id,
-            spec=order.model_dump(mode="json"),
-            inputs={"tokens": order.tokens, "index": order.index, **({"base": order.base} if order.base else {})},
-            results={**results, "tokenizer_sha256": tokenizer},
-            provenance={},
-        )
+    distributed.wait_for_all()  # no rank looks for this manifest before rank 0 has written it
+    return _upstream(store, "train", order.id)
+
+
+def train_together(orders: Sequence[TrainOrder], store: Store) -> None:
+    """Train one after another with all processes that torchrun started; every rank calls this."""
+    from packcli.train import distributed
+
+    for order in orders:
+        train(order, store)
+    distributed.finish()
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import difflib
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,8 +24,11 @@ from packcli.config import ARMS, NAME_PATTERN, CellSpec, SweepSpec
 from packcli.errors import ConfigError
 
 MAX_CELLS = 10_000
+_MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
 _TOP_KEYS = ("name", "model", "data", "train", "eval", "matrix", "include", "exclude", "arms", "baseline")
 _SECTIONS = ("model", "data", "train", "eval")
+# Where pydantic puts the branch of a union into an error's location: no part of a key.
+_UNION_TAGS = frozenset({"constrained-str", "list[str]"})
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 KeyPath = tuple[str, ...]
@@ -77,10 +81,12 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], Lines]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{where}: a sweep file is a mapping of keys to values")
+            raise ConfigError(f"{where}: a sweep file is a mapping of keys to values", "see docs/sweep_file.md")
         lines = Lines()
         _walk(node, (), lines, where)
         return dict(_Loader(text).construct_document(node)), lines
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply, or within itself", "write it out without `*`") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -91,6 +97,8 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], Lines]:
 
 
 def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> None:
+    if len(lines) > _MAX_VALUES:
+        raise ConfigError(f"{where}: more than {_MAX_VALUES:,} values", "use fewer aliases (`*`)")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*path, str(key.value))
@@ -123,10 +131,11 @@ class Problems:
         line = f":{self._lines[known]}" if known else ""
         self._found[f"{self._where}{line}: {message}"] = None
 
-    def unknown(self, path: tuple[str, ...], key: str, keys: Sequence[str]) -> None:
-        near = difflib.get_close_matches(key, keys, n=1)
+    def unknown(self, path: tuple[str, ...], dotted: str, keys: Sequence[str]) -> None:
+        """`path`: where it stands in the file; `keys`: what its last part could have been."""
+        *parents, key = dotted.split(".")
+        near = [".".join([*parents, close]) for close in difflib.get_close_matches(key, keys, n=1)]
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(keys)}"
-        dotted = ".".join([*path[:-1], key])
         self.add(path, f"unknown key `{dotted}`; {hint}")
 
     def raise_if_any(self) -> None:
@@ -145,13 +154,11 @@ def preset(name: str) -> dict[str, Any] | None:
 def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Sequence[str]) -> SweepSpec | None:
     for key in document:
         if key not in _TOP_KEYS:
-            problems.unknown((key,), key, _TOP_KEYS)
-    for section in (*_SECTIONS, "matrix", "arms"):
-        if not isinstance(document.get(section) or {}, dict):
-            problems.add((section,), f"`{section}` is a mapping of keys to values")
-            return None
+            problems.unknown((str(key),), str(key), _TOP_KEYS)
+    if not _shapes_fit(document, problems):
+        return None
     name = document.get("name")
-    if not isinstance(name, str) or not re.match(NAME_PATTERN, name):
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         problems.add(("name",), "`name` is required: letters, digits, `.`, `_`, `-`, at most 64")
     base = {section: dict(document.get(section) or {}) for section in _SECTIONS}
     fixed = _apply_sets(base, document.get("matrix") or {}, sets, problems)
@@ -165,6 +172,10 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
         cell = _cell(base, {axis: item.value for axis, item in combination.items()}, fixed, arms, problems)
         if cell is not None:
             cells.append(({axis: item.label for axis, item in combination.items()}, cell))
+    repeated = Counter(" ".join(f"{axis}={label}" for axis, label in labels.items()) for labels, _ in cells)
+    for name_, count in repeated.items():
+        if count > 1:
+            problems.add(("matrix",), f"{count} cells have the same labels: {name_}")
     axes: dict[str, dict[str, None]] = {}
     for labels, _ in cells:
         for axis, value in labels.items():
@@ -182,6 +193,30 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
         axes={axis: tuple(values) for axis, values in axes.items()},
         cells=tuple(cells),
     )
+
+
+def _shapes_fit(document: Mapping[str, Any], problems: Problems) -> bool:
+    """Whether all that is walked before it is validated is a mapping or list where it has to be."""
+    wrong: list[KeyPath] = []
+    for section in (*_SECTIONS, "matrix", "arms"):
+        if not _is_block(document.get(section) or {}):
+            wrong.append((section,))
+            problems.add((section,), f"`{section}` is a mapping of keys to values")
+    for section in ("include", "exclude"):
+        entries = document.get(section) or []
+        if not isinstance(entries, list) or not all(map(_is_block, entries)):
+            wrong.append((section,))
+            problems.add((section,), f"`{section}` is a list of mappings, each from axes to values")
+    if ("arms",) not in wrong:
+        for name, fields in (document.get("arms") or {}).items():
+            if not _is_block(fields or {}) or not isinstance((fields or {}).get("extends", ""), str):
+                wrong.append(("arms", name))
+                problems.add(("arms", name), f"`arms.{name}` is a mapping of an arm's fields, with `extends: ARM`")
+    return not wrong
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _apply_sets(
@@ -277,10 +312,18 @@ def _cell(
     for axis, value in combination.items():
         if axis not in ("arm", "seed"):
             _set(raw, axis, value)
-    arm = str(combination.get("arm"))
+    for section in _SECTIONS:
+        if not isinstance(raw[section], dict):
+            problems.add(("matrix", section), f"`{section}` is a mapping of keys to values, not `{raw[section]}`")
+            return None
+    if "arm" not in combination:
+        problems.add(("include",), "an entry of `include` that is a cell of its own needs an `arm`")
+        return None
+    arm = str(combination["arm"])
     if arm not in arms:
         near = difflib.get_close_matches(arm, arms, n=1)
-        problems.add(("matrix", "arm"), f"unknown arm `{arm}`; " + (f"did you mean `{near[0]}`?" if near else ""))
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(arms)}"
+        problems.add(("matrix", "arm"), f"unknown arm `{arm}`; {hint}")
         return None
     raw["arm"] = dict(arms[arm])
     if "train.batch_unit" in combination or "train.batch_unit" in fixed:
@@ -304,13 +347,13 @@ def _merged(block: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], problems: Problems) -> None:
     for item in error.errors():
-        path = tuple(str(part) for part in item["loc"])
+        path = tuple(str(part) for part in item["loc"] if part not in _UNION_TAGS)
         if path[:1] == ("arm",):
             path = ("arms", arm, *path[1:])
-        axis = next((a for a in combination if ".".join(path).startswith(a)), None)
+        axis = next((a for a in combination if path[: a.count(".") + 1] == tuple(a.split("."))), None)
         marked = ("matrix", axis) if axis and path[:1] != ("arms",) else path
         if item["type"] == "extra_forbidden":
-            problems.unknown(marked, path[-1], _keys_at(item["loc"][:-1]))
+            problems.unknown(marked, ".".join(path), _keys_at(item["loc"][:-1]))
         elif item["type"] == "missing":
             problems.add(marked, f"`{'.'.join(path)}` is required")
         else:
@@ -350,7 +393,7 @@ def _check_path(dotted: str, marked: tuple[str, ...], problems: Problems) -> Non
     for depth, part in enumerate(parts):
         keys = _keys_at(parts[:depth])
         if depth and keys and part not in keys:
-            problems.unknown((*marked[:-1], dotted), dotted, [f"{'.'.join(parts[:depth])}.{key}" for key in keys])
+            problems.unknown(marked, ".".join(parts[: depth + 1]), keys)
             return
 
 

@@ -38,7 +38,7 @@ TASKS: tuple[str, ...] = (
 ITEMS_PER_SPLIT = 100
 """Per task. A score of one task then has a binomial standard error of at most 5 points."""
 
-NUM_CONVERSATIONS = {"tiny": 4000, "tiny_base": 60000}
+NUM_CONVERSATIONS = {"tiny": 3200, "tiny_base": 60000}
 
 Split = Literal["train", "tuning", "test"]
 Words = tuple[str, ...]
@@ -131,7 +131,7 @@ def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
         case "tiny_lookup":
             return [_draw(lambda: _lookup(rng, _length(rng, 4, 5, 24)), split)]
         case "tiny_few_shot":
-            return _few_shot(rng, _length(rng, 2, 2, 10), split)
+            return _few_shot(rng, _length(rng, 2, 1.5, 10), split)
         case "tiny_turns":
             return _turns(rng, _length(rng, 2, 1.2, 10), split)
         case _:
@@ -189,11 +189,15 @@ def _table(rng: Random, num_pairs: int) -> list[Question]:
 
 
 def _few_shot(rng: Random, num_shots: int, split: Split) -> list[Question]:
-    """An operation shown by examples, one to a turn, and never named; its keys are those of the direct questions."""
-    operation = rng.choice(tuple(OPERATIONS))
+    """Lists whose answers all end in the same mark; nothing but the examples, one to a turn, tells which."""
+    mark = rng.choice(VALUES)
+
+    def draw() -> Question:
+        words = _text(_words(rng, rng.randint(3, 5)))
+        return Question(f"mark {mark} {words}", words, f"= {words} {mark}")
+
     parts: list[Split] = ["train"] * num_shots + [split]
-    questions = [_draw(lambda: _direct(operation, _words(rng, rng.randint(3, 4))), part) for part in parts]
-    return [Question(q.key, q.key.removeprefix(f"{operation} "), q.answer) for q in questions]
+    return [_draw(draw, part) for part in parts]
 
 
 def _turns(rng: Random, num_turns: int, split: Split) -> list[Question]:

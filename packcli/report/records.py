@@ -76,7 +76,7 @@ class Row(Spec):
     train_state: State
     tasks: dict[str, State]
     failures: tuple[Failure, ...]
-    ledger: dict[str, float] | None
+    ledger: dict[str, int | float] | None
 
 
 class TrainMeans(Spec):

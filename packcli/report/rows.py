@@ -11,28 +11,6 @@ from packcli.report import groups, verdict
 from packcli.report.records import Failure, Report, Row, Score, Train
 from packcli.store import State, Store
 
-_LEDGER = (
-    "conversations_in",
-    "conversations_rejected",
-    "documents",
-    "documents_validation",
-    "documents_dropped",
-    "documents_kept",
-    "documents_cut",
-    "tokens_in",
-    "tokens_validation",
-    "tokens_truncated",
-    "tokens_dropped",
-    "tokens_kept",
-    "tokens_padding",
-    "tokens_boundary",
-    "tokens_supervised",
-    "rows",
-    "rows_lower_bound",
-    "slots",
-    "efficiency",
-)
-
 
 def collect(plan: Plan, store: Store) -> Report:
     """Every cell of the sweep as it stands on disk, pooled over seeds, with a verdict.
@@ -115,14 +93,12 @@ def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
         return Failure(stage=stage, cause="its failure.json cannot be read", fix="")
 
 
-def _ledger(cell: Cell, store: Store) -> dict[str, float] | None:
+def _ledger(cell: Cell, store: Store) -> dict[str, int | float] | None:
     manifest = store.manifest("index", cell.index)
-    if manifest is None or not isinstance(found := manifest.results.get("ledger"), dict):
-        return None
-    return {word: found[word] for word in _LEDGER if word in found}
+    return dict(manifest.results["ledger"]) if manifest else None
 
 
-def _train(cell: Cell, store: Store, ledger: dict[str, float] | None) -> Train | None:
+def _train(cell: Cell, store: Store, ledger: dict[str, int | float] | None) -> Train | None:
     manifest = store.manifest("train", cell.train)
     if manifest is None:
         return None
@@ -130,7 +106,9 @@ def _train(cell: Cell, store: Store, ledger: dict[str, float] | None) -> Train |
     efficiency = ledger.get("efficiency") if ledger else None
     if efficiency is None and results.get("slots"):
         efficiency = results["tokens"] / results["slots"]
-    found = {name: results.get(name) for name in Train.model_fields if name not in ("efficiency", "random_weights")}
+    found = {
+        name: results.get(name) for name in Train.model_fields if name not in ("efficiency", "random_weights")
+    }
     return Train(**found, efficiency=efficiency, random_weights=bool(results.get("random_weights")))
 
 

@@ -57,6 +57,18 @@ def start() -> Processes:
     return Processes(rank=rank(), world=world, device=device)
 
 
+def wait_for_all() -> None:
+    """Until every process of the run is here; at once when there is one."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def shard(model: Any, processes: Processes) -> Any:
     """FSDP2: every decoder layer a unit of its own, the rest one; plain when there is one process."""
     model.to(processes.device)

@@ -1,0 +1,172 @@
+"""What the groups allow one to say, in sentences: no claim that an interval does not carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from packcli.data.corpus import SOURCES
+from packcli.plan import Plan
+from packcli.report import words
+from packcli.report.records import Group, Row, Train, by_setting
+
+STEPS_CONFOUND = 0.2
+"""Steps that differ by more than this share of the baseline's are named as a confound."""
+
+
+def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
+    """What the numbers come from, then one paragraph for each setting that arms are compared within."""
+    scope = " ".join([*_origin(plan, rows), *_incomplete(rows), *_partial(groups)])
+    settings = [
+        f"{words.name(setting)}: {text}" if setting else text
+        for setting, members in by_setting(groups)
+        for text in [_setting(members, plan.baseline, rows)]
+    ]
+    return "\n".join(part for part in (scope, *settings) if part)
+
+
+# Where the numbers come from ---------------------------------------------------------------------------
+
+
+def _origin(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    synthetic = [all(source in SOURCES for source in plan.tokens[cell.tokens].sources) for cell in plan.cells]
+    toy = all(plan.trains[cell.train].model.config is not None for cell in plan.cells)
+    found = []
+    if all(synthetic):
+        what = "Toy model on synthetic data" if toy else "Synthetic data"
+        found.append(f"{what}: what holds here need not hold for a real model on real data.")
+    elif any(synthetic):
+        found.append("Some cells are on synthetic data.")
+    if any(row.train.random_weights for row in rows if row.train):
+        found.append("Training started from random weights, not from a pretrained model.")
+    return found
+
+
+def _incomplete(rows: Sequence[Row]) -> list[str]:
+    states = {state: [row.state for row in rows].count(state) for state in ("failed", "running", "pending")}
+    open_ = [f"{number} {state}" for state, number in states.items() if number]
+    if not open_:
+        return []
+    return [f"{sum(states.values())} of {len(rows)} cells are not done ({', '.join(open_)}): this is of the rest."]
+
+
+def _partial(groups: Sequence[Group]) -> list[str]:
+    scores = [score for group in groups for score in group.eval.values() if score.partial]
+    if not scores:
+        return []
+    few = min(scores, key=lambda score: score.n / score.n_total)
+    return [f"Limited run: scores are from part of the test items (down to n={few.n} of {few.n_total})."]
+
+
+# One setting -------------------------------------------------------------------------------------------
+
+
+def _setting(groups: list[Group], baseline: str | None, rows: Sequence[Row]) -> str:
+    others = [group for group in groups if group.arm != baseline]
+    if baseline is None:
+        return "The sweep names no `baseline` arm, so nothing is compared."
+    if len(others) == len(groups):
+        return f"There is no `{baseline}` cell here, so nothing is compared."
+    if not others:
+        return f"There is no arm besides `{baseline}` here, so nothing is compared."
+    trains = [row.train for group in groups for row in rows if row.train and _belongs(row, group)]
+    steps = _steps(next(group for group in groups if group.arm == baseline), others)
+    return " ".join([_speed(others, baseline, trains), *_quality(others, baseline), *steps])
+
+
+def _belongs(row: Row, group: Group) -> bool:
+    return {axis: value for axis, value in row.labels.items() if axis != "seed"} == group.labels
+
+
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """`ratio`: the baseline's time over this arm's; `low` and `high`: seed by seed."""
+
+    group: Group
+    ratio: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{words.times(self.ratio)} (one seed)"
+        low, high = words.times(self.low), words.times(self.high)
+        return f"{words.times(self.ratio)} ({low} to {high} over {self.n} seeds)"
+
+
+def _timing(group: Group, *, cpu: bool) -> _Timing | None:
+    if (found := group.speedup) is None:
+        return None
+    ratio, bounds = (found.cpu, found.cpu_range) if cpu else (found.wall, found.wall_range)
+    return _Timing(group, ratio, *bounds, found.n_pairs) if ratio and bounds else None
+
+
+def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
+    """The fastest arm; by CPU time on CPUs, where it is steadier, else by wall time."""
+    cpu = {train.device for train in trains} == {"cpu"}
+    timings = [timing for group in others if (timing := _timing(group, cpu=cpu)) is not None]
+    if not timings:
+        return f"Speed: no finished training to set against `{baseline}` yet."
+    if len({(train.device, train.processes, train.threads) for train in trains}) > 1:
+        return "Speed: runs used unlike devices, processes or threads, so their times are not compared."
+    best, measure = max(timings, key=lambda timing: timing.ratio), "CPU time" if cpu else "wall time"
+    arm = f"`{words.plain(best.group.arm)}`"
+    if best.high < 1:
+        return f"Speed: `{baseline}` itself is fastest; next is {arm}: ratio of {measure} {best}."
+    if best.low <= 1:
+        return f"Speed: no arm is clearly faster than `{baseline}`; nearest is {arm}: ratio of {measure} {best}."
+    slots = f", and {words.times(best.group.slot_ratio)} its slots" if best.group.slot_ratio else ""
+    near = [timing for timing in timings if timing is not best and timing.high >= best.low]
+    close = words.listed([f"`{words.plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
+    beside = f" Not clearly behind it: {close}." if near else ""
+    return f"Speed: {arm} is fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
+
+
+def _quality(others: list[Group], baseline: str) -> list[str]:
+    """Arms that differ, then arms for which no difference was shown, then arms nothing can be said of."""
+    differ, shown_none, open_ = [], [], []
+    for group in others:
+        arm = f"`{words.plain(group.arm)}`"
+        if group.interval is None or group.detectable is None or group.delta is None:
+            open_.append(f"{arm} ({_unbounded(group)})")
+        elif group.interval[0] <= 0 <= group.interval[1]:
+            seen = f"the smallest effect this sweep could have seen is {100 * group.detectable:.1f} points"
+            shown_none.append(f"{arm} (interval {words.interval(group.interval)} points covers 0; {seen})")
+        else:
+            differ.append(f"{arm} difference {words.points(group.delta)} points {words.interval(group.interval)}")
+    sentences = []
+    if differ:
+        sentences.append(f"{'; '.join(differ)}.")
+    if shown_none:
+        sentences.append(f"No difference shown for {'; '.join(shown_none)}.")
+    if open_:
+        sentences.append(f"No interval for {'; '.join(open_)}.")
+    return [f"Average score against `{baseline}`:", *sentences] if sentences else []
+
+
+def _unbounded(group: Group) -> str:
+    """Why a group has no interval."""
+    if not group.task_states:
+        return "no tasks"
+    if group.delta is None:
+        return "no seed scored in both arms"
+    if group.n_pairs == 1:
+        return f"{words.points(group.delta)} points in the one seed both have; two or more are needed"
+    return f"{words.points(group.delta)} points in every one of {group.n_pairs} seeds, without scatter"
+
+
+def _steps(baseline: Group, others: list[Group]) -> list[str]:
+    own = baseline.train.steps if baseline.train else None
+    unlike = [
+        f"`{words.plain(group.arm)}` {words.count(group.train.steps)}"
+        for group in others
+        if own and group.train and group.train.steps
+        if abs(group.train.steps / own - 1) > STEPS_CONFOUND
+    ]
+    if not unlike:
+        return []
+    return [
+        f"Optimizer steps differ (`{baseline.arm}` {words.count(own)}, {', '.join(unlike)}), "
+        "so quality may follow from the number of steps and not from the layout."
+    ]

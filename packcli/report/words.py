@@ -1,0 +1,76 @@
+"""How a report writes numbers, labels and states: one way for tables, markdown and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from packcli.log import plain as plain
+from packcli.report.records import Interval
+from packcli.store import State
+
+NONE = "-"
+
+
+def name(setting: Mapping[str, str]) -> str:
+    """`data.source=tulu, train.lr=1e-5`; empty for no labels."""
+    return plain(", ".join(f"{axis}={value}" for axis, value in setting.items()))
+
+
+def listed(items: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)
+
+
+def count(value: float | None) -> str:
+    """A count, which as a mean over seeds may have a fraction: `1,234`, `80.3`."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if value >= 1000 or float(value).is_integer() else f"{value:,.1f}"
+
+
+def seconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A fraction times 100, one decimal."""
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A signed difference times 100; two decimals where one would print a bound as 0 that is none."""
+    scaled = 100 * value
+    if abs(scaled) < 0.005:
+        return "0.0"
+    return f"{scaled:+.1f}" if abs(scaled) >= 0.05 else f"{scaled:+.2f}"
+
+
+def interval(bounds: Interval) -> str:
+    return f"[{points(bounds[0])}, {points(bounds[1])}]"
+
+
+def times(value: float | None) -> str:
+    """A ratio: `2.9x`, `1.04x`."""
+    return NONE if value is None else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"
+
+
+def states(found: Mapping[State, int], total: int) -> str:
+    """`failed` when all are; else `1 failed, 1 pending`. Done ones go without saying."""
+    open_ = [(state, found[state]) for state in ("failed", "running", "pending") if found.get(state)]
+    if len(open_) == 1 and open_[0][1] == total:
+        return open_[0][0]
+    return ", ".join(f"{number} {state}" for state, number in open_) or "done"
+
+
+def large(value: float | None) -> str:
+    """Three digits and a unit: `1.23M`."""
+    if value is None:
+        return NONE
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:.3g}"
+
+
+def loss(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"

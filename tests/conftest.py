@@ -1,0 +1,151 @@
+"""Shared by all tests: the command line as a real process, and a sweep small enough to train in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from packcli import sweepfile
+from packcli.config import SweepSpec
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPO.parent / "shared" / "data"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MODEL: dict[str, Any] = {
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
+    "tokenizer": "train",
+    "vocab_size": 300,
+}
+ARMS = ("padding", "padding_free", "random", "greedy", "best_fit")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """stdout as the one JSON document it must be."""
+        return json.loads(self.stdout)
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., Done]:
+    """`run_cli("prepare", path, "--json", cwd=tmp_path)`: `python -m packcli ...` in a process of its own."""
+
+    def run(*args: object, cwd: Path, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
+        command = [sys.executable, "-m", "packcli", *map(str, args)]
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "COLUMNS": "140", "NO_COLOR": "1", **(env or {})},
+        )
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+def chat_records(count: int, *, turns: int = 1, first: int = 0) -> list[dict[str, Any]]:
+    """`count` different conversations in the `messages` schema, of lengths that vary."""
+    records = []
+    for number in range(first, first + count):
+        messages = []
+        for turn in range(turns):
+            words = " ".join(f"word{number % 7}" for _ in range(1 + (number * 5 + turn) % 9))
+            messages.append({"role": "user", "content": f"Question {number}.{turn}: {words}?"})
+            messages.append({"role": "assistant", "content": f"Answer {number}: {words}."})
+        records.append({"messages": messages})
+    return records
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> Path:
+    """`records` as a JSON-lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_sweep(tmp_path: Path) -> Callable[..., Path]:
+    """Writes `tmp_path/chats.jsonl` and a sweep over it with a one-layer model; returns the sweep's path.
+
+    `tiny_sweep(arms=["padding"], seeds=[0], train={"steps": 3}, matrix={...}, records=[...], eval={...})`; each
+    section given is merged over the defaults, and other top-level keys are written as they are. The source is
+    the relative path `chats.jsonl`: run commands in `tmp_path`, or call `monkeypatch.chdir(tmp_path)`.
+    """
+
+    def write(
+        *,
+        name: str = "tiny_test",
+        file: str = "sweep.yaml",
+        arms: Sequence[str] = ("padding", "best_fit"),
+        seeds: Sequence[int] = (0,),
+        records: Sequence[Any] | None = None,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
+        matrix: dict[str, Any] | None = None,
+        **other: Any,
+    ) -> Path:
+        write_lines(tmp_path / "chats.jsonl", chat_records(40, turns=2) if records is None else records)
+        budget = {} if train and train.keys() & {"epochs", "steps", "tokens"} else {"epochs": 1}
+        document = {
+            "name": name,
+            "model": {**MODEL, **(model or {})},
+            "data": {"source": "chats.jsonl", "max_length": 128, "validation": 0.2, **(data or {})},
+            "train": {**budget, "lr": 0.001, "global_batch": 8, "micro_batch": 4, "threads": 1, **(train or {})},
+            "matrix": {"arm": list(arms), "seed": list(seeds), **(matrix or {})},
+            **other,
+        }
+        path = tmp_path / file
+        path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load_text(tmp_path: Path) -> Callable[..., SweepSpec]:
+    """`load_text(yaml_text, sets=[...], only=[...])`: the sweep that text stands for, read from `sweep.yaml`."""
+
+    def load(text: str, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(text, encoding="utf-8")
+        return sweepfile.load(path, sets, only)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real conversations and benchmarks, kept beside the repository and not in it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder ../shared/data beside the repository is not there")
+    return SHARED_DATA
