@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Should I pack or pad my fine-tuning data, how, and what does it cost?",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# click's, of which some versions of typer carry a copy of their own.
+_UsageError: Any = typer.BadParameter.__base__
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, such as sweeps/tiny.yaml.")]
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only matching cells. Repeatable.")]
@@ -242,10 +244,16 @@ def main() -> None:
     """The console script."""
     log.setup()
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except PackcliError as error:
         _complain(error.cause, error.fix)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "packcli"
+        _complain(error.format_message(), f"see `{command} --help`")
+        code = 2
+    if code == 130:  # typer makes this, or an Abort, of KeyboardInterrupt
         _complain("interrupted", "run the same command again: it goes on where it was")
-        sys.exit(130)
+    sys.exit(code)

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("packcli")
 
 
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(plain, super().format(record).splitlines()))
+
+
 def setup(level: int = logging.INFO) -> None:
     """Send packcli's messages to stderr, plain, one line each."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Plain("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False

@@ -270,8 +270,14 @@ class _Scores:
         if self._running is None:
             runnable = [other.task for other in rest if _has_files(other)]
             self._running = self._harness.evaluate(self._checkpoint, runnable)
-        result, samples = next(self._running)
-        return result, samples
+        try:
+            for result, samples in self._running:
+                if result.task == order.task:  # not so when an earlier task was skipped: locked by another process
+                    return result, samples
+        except PackcliError:
+            self._running = None  # an iterator that raised gives no more: the next task starts a new one
+            raise
+        raise RuntimeError(f"the harness gave no result for {order.task}")
 
 
 def _has_files(order: EvalOrder) -> bool:

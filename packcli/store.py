@@ -219,9 +219,10 @@ def verify(directory: Path) -> int:
     try:
         outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)["outputs"].items()}
     except FileNotFoundError:
-        raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(f"{path}: not a manifest") from None
+        hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
+        raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise IntegrityError(f"{path}: not a manifest", f"delete {directory} and run again") from None
     for name, record in outputs.items():
         file = directory / name
         if not file.is_file():

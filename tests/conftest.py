@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from packcli import sweepfile
 from packcli.config import SweepSpec
@@ -22,6 +23,10 @@ SHARED_DATA = REPO.parent / "shared" / "data"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Machines that run tests are shared and slow: no test fails for being late by itself.
+settings.register_profile("packcli", deadline=None)
+settings.load_profile("packcli")
 
 MODEL: dict[str, Any] = {
     "config": {

@@ -232,17 +232,15 @@ def test_labels_of_the_index_and_of_the_batches_are_the_same_tokens(tiny: Data, 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
-def test_dense_mask_loop_and_batched_attention_agree(lengths: list[int], gqa: bool) -> None:
+def test_attention_by_segment_equals_one_dense_block_mask(lengths: list[int], gqa: bool) -> None:
     torch.manual_seed(0)
-    slots, module = sum(lengths), torch.nn.Identity()
+    slots = sum(lengths)
     q, k, v = torch.randn(1, 4, slots, 8), *torch.randn(2, 1, 2 if gqa else 4, slots, 8).unbind(0)
-    reference, _ = attention.forward(module, q, k, v, None, segments=Segments(tuple(lengths)))
-    attention_dense, attention.DENSE_SLOTS = attention.DENSE_SLOTS, 0
-    try:
-        looped, _ = attention.forward(module, q, k, v, None, segments=Segments(tuple(lengths)))
-    finally:
-        attention.DENSE_SLOTS = attention_dense
-    torch.testing.assert_close(looped, reference, rtol=1e-5, atol=1e-6)
+    out, _ = attention.forward(torch.nn.Identity(), q, k, v, None, segments=Segments(tuple(lengths)))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (owner[:, None] == owner[None, :]).tril()
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    torch.testing.assert_close(out, dense.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
 # Batches and rates --------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ Source `tiny` is chat data: single questions, few-shot questions and multi-turn 
 words, with a long tail of lengths. Source `tiny_base` holds the same primitive operations, many short ones to a
 conversation, and is meant to warm up a small model from scratch.
 
-What is held out: every question has a key that spells its operation and its operands (`reverse sun cat pen`), and a
-hash of the key alone makes it a training (80%), tuning (10%) or test (10%) question. No tuning or test key is ever
-asked in either source, be it directly, as a shot, as a turn of an exchange or in the warm-up. A *different* operation on the same words
-may be. Nothing here depends on the seed of a run.
+What is held out: every question has a key that spells its operation and its operands (`reverse sun cat pen`), and
+a hash of the key alone makes it a training (80%), tuning (10%) or test (10%) question. No tuning or test key is
+ever asked in either source, be it directly, as a shot, as a turn of an exchange or in the warm-up. A *different*
+operation on the same words may be. Nothing here depends on the seed of a run.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ Split = Literal["train", "tuning", "test"]
 Words = tuple[str, ...]
 
 # Distinct first letters and no shared stems, so that each becomes one token of even a small trained vocabulary.
-WORDS: Words = tuple(
-    "red sun cat dog map cup hat pen box key bus ant owl fig jam nut oak pie rug sea tin van web yak".split()
-)
-
+WORDS: Words = (
+    "red", "sun", "cat", "dog", "map", "cup", "hat", "pen",
+    "box", "key", "bus", "ant", "owl", "fig", "jam", "nut",
+    "oak", "pie", "rug", "sea", "tin", "van", "web", "yak",
+)  # fmt: skip
 VALUES: Words = tuple("abcdefghijklmnop")
 
 OPERATIONS: dict[str, Callable[[Words], Words]] = {
     "copy": lambda words: words,
     "reverse": lambda words: words[::-1],
     "rotate": lambda words: words[1:] + words[:1],
-    "swap": lambda words: (words[1], words[0]) + words[2:],
+    "swap": lambda words: (words[1], words[0], *words[2:]),
 }
 """Pairwise different on any three or more distinct words, which is the least that is ever asked."""
 
@@ -77,28 +78,20 @@ def split_of(key: str) -> Split:
 
 
 def conversations(source: str) -> Iterator[dict[str, Any]]:
-    """Yield the training conversations of `source`, always the same ones in the same mixed order.
+    """Return the training conversations of `source`, always the same ones in the same mixed order.
 
     Each is `{"messages": [{"role", "content"}, ...], "task": str}`. Raises `ConfigError` for an unknown source.
     """
     if source not in SOURCES:
         raise ConfigError(f"no built-in data source `{source}`", f"choose from: {', '.join(SOURCES)}")
-    for index in range(NUM_CONVERSATIONS[source]):
-        rng = Random(f"{source} {index}")
-        if source == "tiny":
-            task = rng.choices(TASKS, [_SHARES[task] for task in TASKS])[0]
-            questions = _exchange(task, rng, "train")
-        else:
-            task = source
-            questions = _primitive(rng)
-        yield {"messages": _messages(questions), "task": task}
+    return (_conversation(source, index) for index in range(NUM_CONVERSATIONS[source]))
 
 
 def items(task: str, split: Literal["tuning", "test"]) -> list[dict[str, Any]]:
     """Return the held-out items of `task`: `{"messages": [...], "answer": str}`, no question twice.
 
-    `messages` ends with the user turn to answer; a multi-turn item has its right answers before it. The answer is right
-    when it equals `answer` exactly. Raises `ConfigError` for an unknown task.
+    `messages` ends with the user turn to answer; a multi-turn item has its right answers before it. An answer is
+    right when it equals `answer` exactly. Raises `ConfigError` for an unknown task.
     """
     if task not in TASKS:
         raise ConfigError(f"no built-in task `{task}`", f"choose from: {', '.join(TASKS)}")
@@ -123,8 +116,16 @@ _SHARES = {
 }
 
 
+def _conversation(source: str, index: int) -> dict[str, Any]:
+    rng = Random(f"{source} {index}")
+    if source == "tiny_base":
+        return {"messages": _messages(_primitive(rng)), "task": source}
+    task = rng.choices(TASKS, [_SHARES[task] for task in TASKS])[0]
+    return {"messages": _messages(_exchange(task, rng, "train")), "task": task}
+
+
 def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
-    """Draw one conversation of `task` whose last question lies in `split`; all before it are training questions."""
+    """Draw one conversation of `task`: its last question lies in `split`, all before it in training."""
     match task:
         case "tiny_from":
             return [_draw(lambda: _from(rng, _length(rng, 4, 3, 14)), split)]
@@ -141,12 +142,12 @@ def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
 
 def _primitive(rng: Random) -> list[Question]:
     """Draw a short training question of any kind; a table is asked about several times."""
-    kind = rng.choice((*OPERATIONS, "from", "lookup", "lookup", "lookup", "few_shot", "turns"))
+    kind = rng.choice((*OPERATIONS, "from", *["lookup"] * 6, "few_shot", "turns"))
     match kind:
         case "from":
             return [_draw(lambda: _from(rng, rng.randint(3, 8)), "train")]
         case "lookup":
-            return _lookups(rng, rng.randint(3, 8))
+            return _lookups(rng, rng.randint(2, 8))
         case "few_shot":
             return _few_shot(rng, rng.randint(2, 5), "train")
         case "turns":
@@ -184,7 +185,8 @@ def _table(rng: Random, num_pairs: int) -> list[Question]:
     pairs = [(name, rng.choice(VALUES)) for name in _words(rng, num_pairs)]
     listed = ", ".join(f"{name} {value}" for name, value in pairs)
     return [
-        Question(f"lookup {name} in {listed}", f"given {listed}: {name}", f"= {name} {value}") for name, value in pairs
+        Question(f"lookup {name} in {listed}", f"given {listed}: {name}", f"= {name} {value}")
+        for name, value in pairs
     ]
 
 
@@ -196,8 +198,8 @@ def _few_shot(rng: Random, num_shots: int, split: Split) -> list[Question]:
         words = _text(_words(rng, rng.randint(3, 5)))
         return Question(f"mark {mark} {words}", words, f"= {words} {mark}")
 
-    parts: list[Split] = ["train"] * num_shots + [split]
-    return [_draw(draw, part) for part in parts]
+    shots = [_draw(draw, "train") for _ in range(num_shots)]
+    return [*shots, _draw(draw, split)]
 
 
 def _turns(rng: Random, num_turns: int, split: Split) -> list[Question]:
@@ -241,7 +243,7 @@ def _text(words: Words) -> str:
 
 
 def _equals(operation: str, words: Words) -> str:
-    # The sign gives every word of an answer a space before it, so that it is the same token there as in the question.
+    # The sign gives every word of an answer a space before it: the same token there as in the question.
     return f"= {_text(OPERATIONS[operation](words))}"
 
 

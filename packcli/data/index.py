@@ -171,7 +171,8 @@ def check(ledger: dict[str, Any]) -> None:
         total = sum(ledger[part] for part in parts)
         if ledger[whole] != total:
             raise IntegrityError(
-                f"the ledger does not close: {whole} {ledger[whole]:,} != {' + '.join(parts)} {total:,}"
+                f"the ledger does not close: {whole} {ledger[whole]:,} != {' + '.join(parts)} {total:,}",
+                "this is a bug: please report it with the sweep file",
             )
 
 

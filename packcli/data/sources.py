@@ -129,7 +129,9 @@ def _json(file: Path) -> Iterator[tuple[int, Any]]:
     except orjson.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {_reason(error)}", "mend the file") from None
     if not isinstance(values, list):
-        raise DataError(f"{file}: holds a {type(values).__name__}, not a list of records")
+        raise DataError(
+            f"{file}: holds a {type(values).__name__}, not a list of records", "save it as a list of objects"
+        )
     yield from enumerate(values, 1)
 
 
@@ -140,11 +142,19 @@ def _reason(error: orjson.JSONDecodeError) -> str:
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:
     # Not pandas or pyarrow: both read a literal "None" or "NA" in a text column as null.
     csv.field_size_limit(64 << 20)
+    hint = "save it as UTF-8 CSV with a header line; quote fields that hold a comma"
+    line = 1
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
-            yield from enumerate(csv.DictReader(text, strict=True), 1)
+            reader = csv.DictReader(text, strict=True)
+            for number, value in enumerate(reader, 1):
+                line = reader.line_num
+                if None in value:  # a text cut at its own comma would be trained on as if it were whole
+                    raise DataError(f"{file}:{line}: more fields than the header has", hint)
+                yield number, value
+                line += 1
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not valid CSV: {error}", "save it as UTF-8 CSV with a header line") from None
+        raise DataError(f"{file}:{line}: not valid CSV: {error}", hint) from None
 
 
 def _columnar(file: Path) -> Iterator[tuple[int, Any]]:
@@ -161,8 +171,11 @@ def _columnar(file: Path) -> Iterator[tuple[int, Any]]:
             for value in batch.to_pylist():
                 number += 1
                 yield number, value
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable {file.suffix[1:]} file: {error}") from None
+    except (pa.ArrowException, OSError) as error:  # damaged pages come as OSError
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{file}: not a readable {file.suffix[1:]} file: {reason}", "make the file again"
+        ) from None
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:

@@ -238,7 +238,7 @@ def _cost(state: _Run, job: _Job) -> float:
 def _send(state: _Run, worker: _Worker, job: _Job) -> None:
     orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
     request = {"kind": job.kind, "ids": job.ids, "orders": orders}
-    worker.job, worker.note = job, f"{job.kind} {job.name}"
+    worker.job, worker.note = job, log.plain(f"{job.kind} {job.name}")
     assert worker.process.stdin is not None
     # A worker that died takes no request; the scheduler sees its pipe close and replaces it.
     with contextlib.suppress(BrokenPipeError):
@@ -257,7 +257,7 @@ def _describe(worker: _Worker, message: dict[str, Any]) -> str:
     if job is None:
         return ""
     share = f" {message['done']}/{message['total']}" if message["total"] else ""
-    return f"{job.kind} {job.name}{share}, {message['remark']}"
+    return log.plain(f"{job.kind} {job.name}{share}, {message['remark']}")
 
 
 def _end(state: _Run, job: _Job, failures: list[dict[str, Any]]) -> None:

@@ -55,12 +55,13 @@ class Worker:
         try:
             failures = self._evaluate(job) if job["kind"] == "eval" else self._stage(job)
         except PackcliError as error:
-            failures = [_failure(job["ids"][0], error)]
+            failures = [_failure(id_, error) for id_ in job["ids"]]
         except Exception as error:
             # The last line of defence of a long-lived process: the job is reported failed as a bug, with
             # its traceback in the log; the sweep's other jobs go on.
             traceback.print_exc()
-            failures = [{"id": job["ids"][0], "cause": _brief(error), "fix": "", "exit_code": 1}]
+            fix = "the traceback is in the sweep's worker-*.log; please report it"
+            failures = [{"id": id_, "cause": _brief(error), "fix": fix, "exit_code": 1} for id_ in job["ids"]]
         self._send({"event": "end", "failures": failures})
 
     def _stage(self, job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,26 +14,14 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "packcli"
-# Below this many slots one dense mask beats a loop over short documents; above, the loop does not pay for
-# the blocks it skips (docs/benchmarks.md).
-DENSE_SLOTS = 1024
 
 
 class Segments:
-    """Lengths of the runs of slots within which attention is causal; the mask is built once per batch."""
+    """Lengths of the runs of slots within which attention is causal; they sum to the batch's slots."""
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
         self.equal = len(set(lengths)) == 1
-        self._mask: torch.Tensor | None = None
-
-    def mask(self, device: torch.device) -> torch.Tensor:
-        """[N, N] bool: query may see key."""
-        if self._mask is None:
-            sizes = torch.tensor(self.lengths, device=device)
-            owner = torch.repeat_interleave(torch.arange(len(self.lengths), device=device), sizes)
-            self._mask = (owner[:, None] == owner[None, :]).tril()
-        return self._mask
 
 
 def forward(
@@ -61,18 +49,17 @@ def forward(
         "scale": scaling,
         "enable_gqa": key.shape[1] != query.shape[1],
     }
-    slots = query.shape[2]
     if segments.equal:
         out = _batched(query, key, value, len(segments.lengths), options)
-    elif slots <= DENSE_SLOTS:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=segments.mask(query.device), **options)
     else:
-        parts = zip(
-            *(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True
-        )
-        out = torch.cat(
-            [F.scaled_dot_product_attention(q, k, v, is_causal=True, **options) for q, k, v in parts], dim=2
-        )
+        # Not one call with a dense mask: on a CPU that is slower from 256 slots on, 17 times at 2,048
+        # (docs/benchmarks.md), because it computes what it masks away.
+        split = (torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value))
+        parts = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+            for q, k, v in zip(*split, strict=True)
+        ]
+        out = torch.cat(parts, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from packcli.eval.stats import mean_stderr, paired_difference
-from packcli.report.records import Group, Interval, PooledScore, Row, Speedup, TrainMeans
+from packcli.report.records import Group, Interval, PooledScore, Row, Speedup, Train, TrainMeans
 from packcli.store import State
 
 Key = frozenset[tuple[str, str]]
@@ -111,9 +111,11 @@ def _train(rows: list[Row]) -> TrainMeans | None:
     trains = [row.train for row in rows if row.train is not None]
     if not trains:
         return None
-    names = [name for name in TrainMeans.model_fields if name != "n"]
+    names = [name for name in TrainMeans.model_fields if name in Train.model_fields]
     means = {name: _mean([getattr(train, name) for train in trains]) for name in names}
-    return TrainMeans(n=len(trains), **means)
+    losses = [train.validation_loss for train in trains if train.validation_loss is not None]
+    stderr = mean_stderr(losses)[1] if losses else None
+    return TrainMeans(n=len(trains), validation_loss_stderr=stderr, **means)
 
 
 def _ledger(rows: list[Row]) -> dict[str, float] | None:

@@ -80,7 +80,10 @@ class Row(Spec):
 
 
 class TrainMeans(Spec):
-    """Means over the `n` cells of a group that finished training; each over those that have the number."""
+    """Means over the `n` cells of a group that finished training; each over those that have the number.
+
+    `validation_loss_stderr` is over seeds, null for one.
+    """
 
     n: int
     steps: float | None
@@ -92,6 +95,7 @@ class TrainMeans(Spec):
     efficiency: float | None
     final_loss: float | None
     validation_loss: float | None
+    validation_loss_stderr: float | None
     tokens: float | None
     slots: float | None
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+NAMES_WIDTH = 33
 _FRACTIONS = frozenset(
     {"score", "stderr", "stderr_items", "average", "delta", "detectable", "interval_low", "interval_high"}
 )
@@ -47,11 +48,11 @@ def _table(sheet: Sheet) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(
-        title=Text(sheet.title), title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for number, header in enumerate(sheet.header):
-        shown.add_column(Text(header), justify="right" if number else "left", overflow="fold")
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = max(len(line[0]) for line in [sheet.header, *sheet.lines])
+    shown.add_column(Text(sheet.header[0]), min_width=min(names, NAMES_WIDTH), overflow="fold")
+    for arm in sheet.header[1:]:
+        shown.add_column(Text(arm), justify="right", overflow="fold")
     for line in sheet.lines:
         shown.add_row(*(Text(value) for value in line))
     return shown
@@ -65,7 +66,7 @@ def markdown(report: Report) -> str:
         for sheet in found:
             aligned = ["---", *["---:"] * (len(sheet.header) - 1)]
             body = [sheet.header, aligned, *sheet.lines]
-            lines += [_cell(sheet.title), "", *(f"| {' | '.join(map(_cell, line))} |" for line in body), ""]
+            lines += [*(f"| {' | '.join(map(_cell, line))} |" for line in body), ""]
     for notes in (sheets.not_done(report), sheets.legend(report)):
         lines += [*(f"- {_cell(note)}" for note in notes), ""]
     return "\n".join([*lines, *(f"{line}\n" for line in report.verdict.split("\n"))]).rstrip() + "\n"

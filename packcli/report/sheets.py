@@ -1,7 +1,6 @@
 """What a report shows, as plain text cells: the terminal and markdown only draw it.
 
-Two sheets a setting: what the arms cost (an arm a line) and what they score (a task a line, an arm a column),
-because eight tasks side by side fit no terminal.
+An arm is a column: eight tasks or a dozen costs side by side fit no terminal, and arms go on in a next sheet.
 """
 
 from __future__ import annotations
@@ -9,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from packcli.log import plain
 from packcli.report import words
 from packcli.report.records import Group, PooledScore, Report
 
-ARMS_PER_SHEET = 6
+ARMS_PER_SHEET = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """`lines`: one string a column of `header`. The first column names the line."""
+    """An arm a column. `lines`: a name with its unit, then one string an arm."""
 
-    title: str
     header: list[str]
     lines: list[list[str]]
 
@@ -28,105 +27,105 @@ def sections(report: Report) -> list[tuple[str, list[Sheet]]]:
     """A titled list of sheets for each setting, all in the order of the sweep."""
     found = []
     for setting, groups in report.settings():
-        title = ": ".join(part for part in (report.sweep, words.name(setting)) if part)
-        scores = [
-            _scores(groups[first : first + ARMS_PER_SHEET], report.baseline)
-            for first in range(0, len(groups), ARMS_PER_SHEET)
-        ]
-        found.append((title, [_cost(groups, report.baseline), *(sheet for sheet in scores if sheet.lines)]))
+        title = ": ".join(part for part in (plain(report.sweep), words.name(setting)) if part)
+        sheets = []
+        for members in _chunks(groups):
+            arms = [plain(group.arm) for group in members]
+            sheets.append(Sheet(["cost of training, mean over seeds", *arms], _cost(members, report.baseline)))
+            if scores := _scores(members, report.baseline):
+                sheets.append(Sheet(["score, mean over seeds", *arms], scores))
+        found.append((title, sheets))
     return found
+
+
+def _chunks(groups: list[Group]) -> list[list[Group]]:
+    """As few lists as ARMS_PER_SHEET allows, about equally long."""
+    number = -(-len(groups) // ARMS_PER_SHEET)
+    size = -(-len(groups) // number)
+    return [groups[first : first + size] for first in range(0, len(groups), size)]
 
 
 # What the arms cost ------------------------------------------------------------------------------------
 
-Column = tuple[str, Callable[[Group], str]]
 
-
-def _cost(groups: list[Group], baseline: str | None) -> Sheet:
-    columns: list[Column] = [
-        ("rows", lambda group: _in_ledger(group, "rows")),
+def _cost(groups: list[Group], baseline: str | None) -> list[list[str]]:
+    lines: list[tuple[str, Callable[[Group], str]]] = [
+        ("rows an epoch", lambda group: _in_ledger(group, "rows")),
         ("documents cut", lambda group: _in_ledger(group, "documents_cut")),
         ("tokens truncated", lambda group: _in_ledger(group, "tokens_truncated")),
         ("efficiency, %", lambda group: words.percent(group.ledger.get("efficiency") if group.ledger else None)),
-        ("steps", lambda group: words.count(group.train.steps) if group.train else _untrained(group)),
-        ("slots", lambda group: words.large(group.train.slots) if group.train else _untrained(group)),
-        ("wall time, s", lambda group: words.seconds(group.train.wall_s) if group.train else _untrained(group)),
-        ("CPU time, s", lambda group: words.seconds(group.train.cpu_s) if group.train else _untrained(group)),
-        ("useful tokens/s", lambda group: _rate(group)),
+        ("optimizer steps", lambda group: _trained(group, "steps", words.count)),
+        ("slots computed", lambda group: _trained(group, "slots", words.large)),
+        ("wall time, s", lambda group: _trained(group, "wall_s", words.seconds)),
+        ("CPU time, s", lambda group: _trained(group, "cpu_s", words.seconds)),
+        ("useful tokens/s", lambda group: _trained(group, "useful_tokens_per_s", words.rate)),
+        ("padded tokens/s", lambda group: _trained(group, "padded_tokens_per_s", words.rate)),
     ]
     if any(group.train and group.train.mfu is not None for group in groups):
-        columns.append(("MFU, %", lambda group: words.percent(group.train.mfu if group.train else None)))
-    columns += [
-        ("speed-up, CPU time", lambda group: _speedup(group, baseline, cpu=True)),
-        ("speed-up, wall time", lambda group: _speedup(group, baseline, cpu=False)),
-        ("seeds trained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}"),
-    ]
-    return Sheet(
-        title="Cost of training, mean over seeds",
-        header=["arm", *(header for header, _ in columns)],
-        lines=[[words.plain(group.arm), *(shown(group) for _, shown in columns)] for group in groups],
-    )
+        lines.append(("MFU, %", lambda group: _trained(group, "mfu", words.percent)))
+    if baseline is not None:
+        lines += [
+            ("speed-up, CPU time", lambda group: _against(group, baseline, _cpu)),
+            ("speed-up, wall time", lambda group: _against(group, baseline, _wall)),
+            ("fewer slots", lambda group: _against(group, baseline, lambda own: own.slot_ratio)),
+        ]
+    lines.append(("seeds trained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}"))
+    return [[name, *(shown(group) for group in groups)] for name, shown in lines]
 
 
 def _in_ledger(group: Group, word: str) -> str:
     return words.count(group.ledger.get(word) if group.ledger else None)
 
 
-def _rate(group: Group) -> str:
-    return (
-        words.count(round(rate))
-        if group.train and (rate := group.train.useful_tokens_per_s)
-        else _untrained(group)
-    )
+def _trained(group: Group, field: str, shown: Callable[[float | None], str]) -> str:
+    """A mean of the group's trainings, or in words why there is none."""
+    if group.train is None:
+        return words.states(group.train_states, group.n_cells)
+    return shown(getattr(group.train, field))
 
 
-def _untrained(group: Group) -> str:
-    return words.NONE if group.train else words.states(group.train_states, group.n_cells)
+def _against(group: Group, baseline: str, ratio: Callable[[Group], float | None]) -> str:
+    return "baseline" if group.arm == baseline else words.times(ratio(group))
 
 
-def _speedup(group: Group, baseline: str | None, *, cpu: bool) -> str:
-    if group.arm == baseline:
-        return "baseline"
-    found = group.speedup
-    return words.times((found.cpu if cpu else found.wall) if found else None)
+def _cpu(group: Group) -> float | None:
+    return group.speedup.cpu if group.speedup else None
+
+
+def _wall(group: Group) -> float | None:
+    return group.speedup.wall if group.speedup else None
 
 
 # What they score ---------------------------------------------------------------------------------------
 
 
-def _scores(groups: list[Group], baseline: str | None) -> Sheet:
+def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
     tasks = dict.fromkeys(task for group in groups for task in group.task_states)
     lines = [[_task_name(task, groups), *(_score(group, task) for group in groups)] for task in tasks]
     if tasks:
         lines.append(["average, %", *(_average(group) for group in groups)])
         lines.append(["seeds scored", *(f"{group.n_seeds} of {group.n_cells}" for group in groups)])
         if baseline is not None:
-            lines.append(
-                [f"difference to {words.plain(baseline)}, points", *(_delta(g, baseline) for g in groups)]
-            )
-            lines.append(["  smallest effect it could show, points", *(_detectable(group) for group in groups)])
+            lines.append([f"difference to {plain(baseline)}, points", *(_delta(g, baseline) for g in groups)])
+            lines.append(["  smallest effect seen, points", *(_detectable(group) for group in groups)])
     if any(group.train and group.train.validation_loss is not None for group in groups):
-        losses = [group.train.validation_loss if group.train else None for group in groups]
-        lines.append(["validation loss, nats/token", *(words.loss(loss) for loss in losses)])
-    return Sheet(
-        title="Scores, mean over seeds",
-        header=["task and metric, or what else", *(words.plain(group.arm) for group in groups)],
-        lines=lines,
-    )
+        lines.append(["validation loss, nats/token", *(_validation(group) for group in groups)])
+    return lines
 
 
 def _task_name(task: str, groups: list[Group]) -> str:
     scores = [group.eval[task] for group in groups if task in group.eval]
     metric = f" {scores[0].metric}" if scores else ""
     limited = [score.n for score in scores if score.partial]
-    return words.plain(f"{task}{metric}, %{f' (n={min(limited)})' if limited else ''}")
+    return plain(f"{task}{metric}, %{f' (n={min(limited)})' if limited else ''}")
 
 
 def _score(group: Group, task: str) -> str:
     if (score := group.eval.get(task)) is None:
         found = group.task_states.get(task)
         return words.states(found, group.n_cells) if found else words.NONE
-    few = f" ({score.n_seeds} of {group.n_cells})" if score.n_seeds < group.n_cells else ""
+    as_expected = score.n_seeds == (group.n_seeds or group.n_cells)
+    few = "" if as_expected else f"\n({score.n_seeds} of {group.n_cells})"
     return f"{words.percent(score.score)}{_error(score.stderr, score.stderr_items)}{few}"
 
 
@@ -140,6 +139,13 @@ def _average(group: Group) -> str:
     if group.average is None:
         return words.states(group.states, group.n_cells)
     return f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
+
+
+def _validation(group: Group) -> str:
+    if group.train is None:
+        return words.states(group.train_states, group.n_cells)
+    stderr = group.train.validation_loss_stderr
+    return words.loss(group.train.validation_loss) + (f" ± {words.loss(stderr)}" if stderr is not None else "")
 
 
 def _delta(group: Group, baseline: str) -> str:
@@ -163,7 +169,7 @@ def not_done(report: Report) -> list[str]:
     for row in report.rows:
         for failure in row.failures:
             hint = f" ({failure.fix})" if failure.fix else ""
-            lines.setdefault(words.plain(f"failed, {failure.stage}: {failure.cause}{hint}"), []).append(
+            lines.setdefault(plain(f"failed, {failure.stage}: {failure.cause}{hint}"), []).append(
                 words.name(row.labels)
             )
         if not row.failures and row.state != "done":
@@ -179,18 +185,19 @@ def _few(cells: list[str], most: int = 3) -> str:
 def legend(report: Report) -> list[str]:
     """What the signs in the sheets mean, only those that occur."""
     lines = [
-        "rows to efficiency: of one epoch. efficiency = kept tokens / slots. useful tokens/s: kept tokens, never padding."
+        "rows to efficiency: of one epoch; efficiency = kept tokens / slots. "
+        "useful tokens are document tokens, padded tokens all slots."
     ]
     if any(group.speedup for group in report.groups):
-        lines.append(f"speed-up: time of {report.baseline} / time of the arm, over the seeds both have.")
-    scores = [score for group in report.groups for score in group.eval.values()]
-    lines += _about_errors(scores)
-    if any(group.delta is not None for group in report.groups):
+        lines.append(f"speed-up, fewer slots: {report.baseline} / the arm, over the seeds both have.")
+    lines += _about_errors([score for group in report.groups for score in group.eval.values()])
+    if any(group.interval for group in report.groups):
         lines.append(
-            "difference: mean over seeds both have, seed by seed, and its 95% interval (Student's t), each on its own: not "
-            "corrected for their number. smallest effect: found in 80% of such sweeps."
+            "difference [low, high]: mean over the seeds both have, paired by seed, and its 95% interval (Student's t); "
+            "not corrected for the number of arms."
         )
-    return [words.plain(line) for line in lines]
+        lines.append("smallest effect seen: a true difference of that size is found in 80% of such sweeps.")
+    return [plain(line) for line in lines]
 
 
 def _about_errors(scores: list[PooledScore]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from packcli.data.corpus import SOURCES
 from packcli.plan import Plan
+from packcli.log import plain
 from packcli.report import words
 from packcli.report.records import Group, Row, Train, by_setting
 
@@ -51,11 +52,12 @@ def _incomplete(rows: Sequence[Row]) -> list[str]:
 
 
 def _partial(groups: Sequence[Group]) -> list[str]:
-    scores = [score for group in groups for score in group.eval.values() if score.partial]
-    if not scores:
+    limited = {task: score for group in groups for task, score in group.eval.items() if score.partial}
+    if not limited:
         return []
-    few = min(scores, key=lambda score: score.n / score.n_total)
-    return [f"Limited run: scores are from part of the test items (down to n={few.n} of {few.n_total})."]
+    tasks = [f"`{plain(task)}` n={score.n} of {score.n_total}" for task, score in limited.items()]
+    more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+    return [f"Limited run, scored on a part of the test items: {', '.join(tasks[:3])}{more}."]
 
 
 # One setting -------------------------------------------------------------------------------------------
@@ -111,38 +113,41 @@ def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
     if len({(train.device, train.processes, train.threads) for train in trains}) > 1:
         return "Speed: runs used unlike devices, processes or threads, so their times are not compared."
     best, measure = max(timings, key=lambda timing: timing.ratio), "CPU time" if cpu else "wall time"
-    arm = f"`{words.plain(best.group.arm)}`"
+    arm = f"`{plain(best.group.arm)}`"
     if best.high < 1:
         return f"Speed: `{baseline}` itself is fastest; next is {arm}: ratio of {measure} {best}."
     if best.low <= 1:
         return f"Speed: no arm is clearly faster than `{baseline}`; nearest is {arm}: ratio of {measure} {best}."
     slots = f", and {words.times(best.group.slot_ratio)} its slots" if best.group.slot_ratio else ""
     near = [timing for timing in timings if timing is not best and timing.high >= best.low]
-    close = words.listed([f"`{words.plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
+    close = words.listed([f"`{plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
     beside = f" Not clearly behind it: {close}." if near else ""
     return f"Speed: {arm} is fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
 
 
 def _quality(others: list[Group], baseline: str) -> list[str]:
     """Arms that differ, then arms for which no difference was shown, then arms nothing can be said of."""
-    differ, shown_none, open_ = [], [], []
-    for group in others:
-        arm = f"`{words.plain(group.arm)}`"
-        if group.interval is None or group.detectable is None or group.delta is None:
-            open_.append(f"{arm} ({_unbounded(group)})")
-        elif group.interval[0] <= 0 <= group.interval[1]:
-            seen = f"the smallest effect this sweep could have seen is {100 * group.detectable:.1f} points"
-            shown_none.append(f"{arm} (interval {words.interval(group.interval)} points covers 0; {seen})")
-        else:
-            differ.append(f"{arm} difference {words.points(group.delta)} points {words.interval(group.interval)}")
-    sentences = []
-    if differ:
-        sentences.append(f"{'; '.join(differ)}.")
-    if shown_none:
-        sentences.append(f"No difference shown for {'; '.join(shown_none)}.")
-    if open_:
-        sentences.append(f"No interval for {'; '.join(open_)}.")
-    return [f"Average score against `{baseline}`:", *sentences] if sentences else []
+    bounded = [(group, group.interval) for group in others if group.interval is not None]
+    differ = [(group, bounds) for group, bounds in bounded if not bounds[0] <= 0 <= bounds[1]]
+    clauses = [
+        f"`{plain(group.arm)}` difference {words.points(group.delta or 0.0)} points {words.interval(bounds)}"
+        for group, bounds in differ
+    ]
+    if shown_none := [group for group, bounds in bounded if bounds[0] <= 0 <= bounds[1]]:
+        clauses.append(_no_difference(shown_none))
+    if open_ := [f"`{plain(group.arm)}` ({_unbounded(group)})" for group in others if group.interval is None]:
+        clauses.append(f"no interval for {words.listed(open_)}")
+    return [f"Average score against `{baseline}`: {'; '.join(clauses)}."]
+
+
+def _no_difference(groups: list[Group]) -> str:
+    arms = [f"`{plain(group.arm)}` {words.interval(group.interval)}" for group in groups if group.interval]
+    effects = [f"{100 * group.detectable:.1f}" for group in groups if group.detectable is not None]
+    covers = "interval covers" if len(arms) == 1 else "intervals cover"
+    return (
+        f"no difference shown for {words.listed(arms)} ({covers} 0; "
+        f"the smallest effect this sweep could have seen is {words.listed(effects)} points)"
+    )
 
 
 def _unbounded(group: Group) -> str:
@@ -159,7 +164,7 @@ def _unbounded(group: Group) -> str:
 def _steps(baseline: Group, others: list[Group]) -> list[str]:
     own = baseline.train.steps if baseline.train else None
     unlike = [
-        f"`{words.plain(group.arm)}` {words.count(group.train.steps)}"
+        f"`{plain(group.arm)}` {words.count(group.train.steps)}"
         for group in others
         if own and group.train and group.train.steps
         if abs(group.train.steps / own - 1) > STEPS_CONFOUND

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from packcli.log import plain as plain
+from packcli.log import plain
 from packcli.report.records import Interval
 from packcli.store import State
 
@@ -26,6 +26,10 @@ def count(value: float | None) -> str:
     if value is None:
         return NONE
     return f"{value:,.0f}" if value >= 1000 or float(value).is_integer() else f"{value:,.1f}"
+
+
+def rate(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
 
 
 def seconds(value: float | None) -> str:
