@@ -244,7 +244,8 @@ def normalized(value: Any) -> Any:
 
 
 def _varies(key: str) -> bool:
-    return key in ("provenance", "mfu") or key.endswith(("_s", "_per_s")) or key.startswith("peak_")
+    # A report's speed-up is a ratio of times, its verdict a text that quotes them.
+    return key in ("provenance", "mfu", "speedup", "verdict") or key.endswith(("_s", "_per_s")) or key.startswith("peak_")
 
 
 def _is_locked(path: Path) -> bool:

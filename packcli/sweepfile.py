@@ -67,7 +67,7 @@ def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> Swee
     except FileNotFoundError:
         raise ConfigError(f"no sweep file `{path}`", "give a path such as sweeps/tiny.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read `{path}`: {error}") from None
+        raise ConfigError(f"cannot read `{path}`: {error}", "a sweep file is YAML in UTF-8") from None
     document, lines = parse(text, str(path))
     problems = Problems(str(path), lines)
     spec = _build(document, lines, problems, sets)

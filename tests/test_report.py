@@ -17,7 +17,7 @@ from rich.console import Console
 from packcli import sweepfile
 from packcli.files import write_json
 from packcli.plan import Cell, Kind, Plan, needed, plan
-from packcli.report import render, rows
+from packcli.report import render, rows, words
 from packcli.report.records import Group, Report
 from packcli.store import Manifest, Store
 
@@ -35,23 +35,18 @@ matrix:
   seed: [1, 2, 3]
 """
 
-LEDGER = {"rows": 100, "slots": 6400, "documents_cut": 0, "tokens_truncated": 7, "tokens_kept": 3200, "efficiency": 0.5}
-TRAINED = {
-    "steps": 40,
-    "tokens": 3200,
+LEDGER = {
+    "rows": 100,
     "slots": 6400,
-    "supervised": 900,
-    "final_loss": 1.5,
-    "validation_loss": 1.25,
-    "wall_s": 20.0,
-    "cpu_s": 30.0,
-    "useful_tokens_per_s": 160.0,
-    "padded_tokens_per_s": 320.0,
-    "random_weights": True,
-    "processes": 1,
-    "threads": 1,
-    "device": "cpu",
+    "documents_cut": 0,
+    "tokens_truncated": 7,
+    "tokens_kept": 3200,
+    "efficiency": 0.5,
 }
+TRAINED: dict[str, Any] = {"steps": 40, "tokens": 3200, "slots": 6400, "supervised": 900}
+TRAINED |= {"final_loss": 1.5, "validation_loss": 1.25, "wall_s": 20.0, "cpu_s": 30.0}
+TRAINED |= {"useful_tokens_per_s": 160.0, "padded_tokens_per_s": 320.0}
+TRAINED |= {"random_weights": True, "processes": 1, "threads": 1, "device": "cpu"}
 SCORED = {"metric": "acc", "stderr": 0.05, "n": 100, "n_total": 100, "version": 1, "health": {}}
 
 
@@ -119,3 +114,286 @@ def shown(report: Report, width: int = 110) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(render.table(report))
     return console.export_text()
+
+
+# Rows --------------------------------------------------------------------------------------------------
+
+ROW_KEYS = {"labels", "state", "train", "eval", "average"}
+TRAIN_KEYS = {"steps", "wall_s", "cpu_s", "useful_tokens_per_s", "padded_tokens_per_s"} | {
+    *("mfu", "efficiency", "final_loss", "validation_loss")
+}
+GROUP_KEYS = {"labels", "n_seeds", "average", "stderr", "delta", "interval"}
+
+
+def test_json_lacks_a_word_of_the_contract(make: Make) -> None:
+    document = orjson.loads(render.json_text(make().report()))
+    assert set(document) == {"sweep", "baseline", "rows", "groups", "verdict"}
+    assert len(document["rows"]) == 6
+    assert len(document["groups"]) == 2
+    for row in document["rows"]:
+        assert set(row) >= ROW_KEYS
+        assert set(row["train"]) >= TRAIN_KEYS
+        assert all(set(score) >= {"metric", "score", "stderr", "n"} for score in row["eval"].values())
+    assert all(set(group) >= GROUP_KEYS for group in document["groups"])
+    assert document["rows"][0]["labels"] == {"arm": "padding", "seed": "1"}
+    assert document["rows"][0]["train"]["mfu"] is None  # no peak is known for a CPU
+    assert document["rows"][0]["train"]["efficiency"] == 0.5
+    assert document["groups"][0]["labels"] == {"arm": "padding"}
+
+
+def test_a_hole_is_averaged_over(make: Make) -> None:
+    sweep = make()
+    hole = sweep.cell(arm="best_fit", seed="2")
+    sweep.store.manifest_file("eval", hole.evals["swap"]).unlink()
+    report = sweep.report()
+    (row,) = [row for row in report.rows if row.cell == hole.id]
+    assert row.average is None
+    assert row.state == "pending"
+    assert row.tasks == {"copy": "done", "swap": "pending"}
+    group = sweep.group("best_fit")
+    assert (group.n_seeds, group.n_cells, group.n_pairs) == (2, 3, 2)
+    assert group.average == pytest.approx((0.51 + 0.53) / 2)
+    assert (group.eval["copy"].n_seeds, group.eval["swap"].n_seeds) == (3, 2)
+    text = shown(report)
+    assert "2 of 3" in text
+    assert "pending: arm=best_fit, seed=2" in text
+
+
+def test_a_failed_cell_hides_its_cause_or_reads_as_zero(make: Make) -> None:
+    sweep = make()
+    for seed in "123":
+        cell = sweep.cell(arm="best_fit", seed=seed)
+        for id_ in cell.evals.values():
+            sweep.store.manifest_file("eval", id_).unlink()
+        sweep.store.manifest_file("train", cell.train).unlink()
+        sweep.fail("train", cell.train, "step 12: loss nan in [document 3]")
+    report = sweep.report()
+    row = report.rows[-1]
+    assert (row.state, row.train, row.eval, row.average) == ("failed", None, {}, None)
+    assert set(row.tasks.values()) == {"failed"}  # no eval can run without its training
+    assert [failure.cause for failure in row.failures] == ["step 12: loss nan in [document 3]"]
+    for text in (shown(report, 200), render.markdown(report), render.csv_text(report)):
+        assert "step 12: loss nan in [document 3]" in text
+    (cpu,) = [line for line in shown(report).splitlines() if line.strip().startswith("CPU time")]
+    assert cpu.split()[-1] == "failed"
+    assert "no finished training to set against `padding`" in report.verdict
+
+
+def test_a_failed_task_hides_the_finished_training(make: Make) -> None:
+    sweep = make()
+    cell = sweep.cell(arm="best_fit", seed="1")
+    sweep.store.manifest_file("eval", cell.evals["copy"]).unlink()
+    sweep.fail("eval", cell.evals["copy"], "the file is missing")
+    (row,) = [row for row in sweep.report().rows if row.cell == cell.id]
+    assert row.state == "failed"
+    assert row.train is not None
+    assert set(row.eval) == {"swap"}
+    assert [failure.stage for failure in row.failures] == ["eval copy"]
+
+
+def test_a_torn_failure_file_stops_the_report(make: Make) -> None:
+    sweep = make()
+    cell = sweep.cell(arm="best_fit", seed="1")
+    sweep.store.manifest_file("train", cell.train).unlink()
+    sweep.store.failure_file("train", cell.train).write_text('{"cause": ')
+    assert "cannot be read" in shown(sweep.report(), 200)
+
+
+def test_a_sweep_that_has_not_started_has_no_report(tmp_path: Path) -> None:
+    report = Sweep(SWEEP, tmp_path).report()
+    assert {row.state for row in report.rows} == {"pending"}
+    assert "pending" in shown(report)
+    assert "6 of 6 cells are not done" in report.verdict
+
+
+# Groups ------------------------------------------------------------------------------------------------
+
+
+def test_delta_mixes_up_seeds(make: Make) -> None:
+    """Unpaired, the large spread between seeds would drown a steady difference of 3 points."""
+    gain = {1: 0.02, 2: 0.03, 3: 0.04}
+    sweep = make(scores=lambda arm, seed: seed / 10 + (gain[seed] if arm == "best_fit" else 0))
+    group = sweep.group("best_fit")
+    margin = 4.302653 * 0.01 / math.sqrt(3)
+    assert group.delta == pytest.approx(0.03)
+    assert group.interval == pytest.approx((0.03 - margin, 0.03 + margin), rel=1e-5)
+    assert sweep.group("padding").delta is None
+
+
+def test_a_pair_is_made_over_different_labels(make: Make) -> None:
+    text = SWEEP.replace("  seed:", "  train.lr: [1e-3, 2e-3]\n  seed:")
+    text += "exclude: [{arm: padding, train.lr: 2e-3}]\n"
+    report = make(text).report()
+    pairs = {group.labels["train.lr"]: group.n_pairs for group in report.groups if group.arm == "best_fit"}
+    assert pairs == {"1e-3": 3, "2e-3": 0}
+    alone = report.groups[-1]
+    assert (alone.delta, alone.interval, alone.speedup, alone.slot_ratio) == (None, None, None, None)
+    assert "`train.lr=2e-3`: There is no `padding` cell here" in report.verdict
+
+
+def test_one_pair_gets_an_interval(make: Make) -> None:
+    text = SWEEP.replace("[1, 2, 3]", "[1]")
+    group = make(text, scores=lambda arm, seed: 0.5 + 0.1 * (arm != "padding")).group("best_fit")
+    assert group.delta == pytest.approx(0.1)
+    assert (group.interval, group.detectable, group.stderr) == (None, None, None)
+    assert group.stderr_items == pytest.approx(0.05 / math.sqrt(2))
+
+
+def test_seeds_that_agree_to_the_item_make_a_difference_certain(make: Make) -> None:
+    sweep = make(scores=lambda arm, seed: seed / 10 + 0.01 * (arm != "padding"))
+    group = sweep.group("best_fit")
+    assert (group.delta, group.interval, group.detectable) == (pytest.approx(0.01), None, None)
+    assert "+1.0 points in every one of 3 seeds, without scatter" in sweep.report().verdict
+
+
+def test_speedup_divides_seeds_only_one_arm_has(make: Make) -> None:
+    sweep = make()
+    sweep.store.manifest_file("train", sweep.cell(arm="padding", seed="3").train).unlink()
+    speedup = sweep.group("best_fit").speedup
+    assert speedup is not None
+    assert speedup.n_pairs == 2
+    assert speedup.cpu == pytest.approx((30.1 + 30.2) / (10.1 + 10.2))
+    assert speedup.cpu_range == pytest.approx((30.2 / 10.2, 30.1 / 10.1))
+    assert sweep.group("best_fit").slot_ratio == pytest.approx(6400 / 3300)
+
+
+# Verdict -----------------------------------------------------------------------------------------------
+
+NOISE = {1: 0.02, 2: -0.03, 3: 0.02}
+
+
+def test_an_interval_over_zero_is_called_the_same(make: Make) -> None:
+    sweep = make(scores=lambda arm, seed: 0.5 + (NOISE[seed] if arm == "best_fit" else 0))
+    verdict, group = sweep.report().verdict, sweep.group("best_fit")
+    assert group.detectable is not None
+    assert "no difference shown for `best_fit` [" in verdict
+    assert "interval covers 0" in verdict
+    effect = f"{100 * group.detectable:.1f} points"
+    assert f"the smallest effect this sweep could have seen is {effect}" in verdict
+    assert "the same" not in verdict.replace("the same test items", "")
+
+
+def test_a_difference_goes_without_its_interval(make: Make) -> None:
+    verdict = (
+        make(scores=lambda arm, seed: 0.5 + (0.1 + NOISE[seed] / 10 if arm == "best_fit" else 0)).report().verdict
+    )
+    assert re.search(r"`best_fit` difference \+10\.\d points \[\+9\.\d, \+10\.\d\]", verdict)
+    assert "no difference shown" not in verdict
+
+
+def test_a_bound_near_zero_is_rounded_onto_it() -> None:
+    assert words.interval((0.0002, 0.03)) == "[+0.02, +3.0]"
+    assert words.interval((-0.04, 0.0)) == "[-4.0, 0.0]"
+
+
+def test_fewer_steps_go_unmentioned(make: Make) -> None:
+    assert "Optimizer steps differ (`padding` 40, `best_fit` 20)" in make().report().verdict
+
+
+def test_a_toy_passes_for_a_finding(make: Make) -> None:
+    verdict = make().report().verdict
+    assert "Toy model on synthetic data" in verdict
+    assert "random weights" in verdict
+
+
+def test_a_sweep_without_tasks_claims_something_of_quality(make: Make) -> None:
+    report = make(SWEEP.replace("[copy, swap]", "[]")).report()
+    assert {row.state for row in report.rows} == {"done"}
+    assert {row.average for row in report.rows} == {None}
+    assert "Nothing is evaluated" in report.verdict
+    assert "validation loss" in shown(report)
+
+
+def test_real_data_is_called_synthetic(make: Make) -> None:
+    assert "ynthetic" not in make(SWEEP.replace("source: tiny", "source: chats.jsonl")).report().verdict
+
+
+def test_speed_within_the_spread_of_seeds_is_claimed(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        seed = int(cell.labels["seed"])
+        sweep.trained(cell, cpu_s=30.0 + (seed - 2 if cell.labels["arm"] == "padding" else 0))
+    assert "no arm is clearly faster than `padding`" in sweep.report().verdict
+
+
+def test_times_of_unlike_machines_are_compared(make: Make) -> None:
+    sweep = make()
+    sweep.trained(sweep.cell(arm="best_fit", seed="1"), threads=8)
+    assert "their times are not compared" in sweep.report().verdict
+
+
+def test_the_baseline_is_beaten_by_a_slower_arm(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        sweep.trained(cell, cpu_s=10.0 if cell.labels["arm"] == "padding" else 20.0)
+    assert "`padding` itself was fastest" in sweep.report().verdict
+
+
+# Formats -----------------------------------------------------------------------------------------------
+
+
+def test_labels_with_brackets_vanish_or_crash(make: Make) -> None:
+    text = SWEEP.replace("best_fit]", "'[x]', '[/y]', 'a|b']")
+    text += "arms: {'[x]': {extends: best_fit}, '[/y]': {extends: greedy}, 'a|b': {extends: random}}\n"
+    report = make(text).report()
+    table, markdown = shown(report), render.markdown(report)
+    assert all(label in table for label in ("[x]", "[/y]", "a|b"))
+    assert all(label in markdown for label in ("[x]", "[/y]", "a\\|b"))
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
+    assert "[x]" in render.csv_text(report)
+
+
+def test_a_partial_run_passes_for_a_full_one(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        sweep.scored(cell, "swap", 0.5, n=20)
+    report = sweep.report()
+    assert report.rows[0].eval["swap"].partial
+    assert not report.rows[0].eval["copy"].partial
+    assert "swap acc, % (n=20)" in shown(report)
+    assert "swap acc, % (n=20)" in render.markdown(report)
+    assert "`swap` n=20 of 100" in report.verdict
+
+
+def test_formats_disagree_on_a_number(make: Make) -> None:
+    sweep = make(scores=lambda arm, seed: 0.5 + (NOISE[seed] if arm == "best_fit" else seed / 50))
+    report = sweep.report()
+    document = orjson.loads(render.json_text(report))
+    lines = list(csv.DictReader(io.StringIO(render.csv_text(report))))
+    assert [line["kind"] for line in lines] == ["cell"] * 6 + ["group"] * 2
+    for line, row in zip(lines[:6], document["rows"], strict=True):
+        assert line["labels.seed"] == row["labels"]["seed"]
+        assert float(line["average (fraction)"]) == row["average"]
+        assert float(line["train.cpu_s"]) == row["train"]["cpu_s"]
+        assert float(line["eval.copy.score (fraction)"]) == row["eval"]["copy"]["score"]
+    best = document["groups"][1]
+    assert float(lines[7]["delta (fraction)"]) == best["delta"]
+    assert float(lines[7]["interval_high (fraction)"]) == best["interval"][1]
+    for text in (render.markdown(report), shown(report)):
+        flat = " ".join(text.split())
+        assert f"{100 * best['average']:.1f} ± {100 * best['stderr']:.1f}" in flat
+        assert f"{100 * best['delta']:+.1f}" in flat
+        assert f"[{100 * best['interval'][0]:+.1f}, {100 * best['interval'][1]:+.1f}]" in flat
+        assert f"{best['train']['cpu_s']:.1f}" in flat
+        assert f"{best['speedup']['cpu']:.1f}x" in flat
+
+
+def test_a_number_is_cut_off_at_110_columns(make: Make) -> None:
+    tasks = [f"tiny_few_shot_{number}" for number in range(8)]
+    text = SWEEP.replace("[copy, swap]", f"[{', '.join(tasks)}]")
+    text = text.replace("[padding, best_fit]", "[padding, padding_free, random, greedy, best_fit]")
+    report = make(text, scores=lambda arm, seed: 0.5 + (NOISE[seed] if arm != "padding" else seed / 50)).report()
+    table = shown(report)
+    assert "…" not in table
+    assert max(len(line) for line in table.splitlines()) <= 110
+    (line,) = [line for line in table.splitlines() if tasks[0] in line]
+    assert line.count("±") == 5
+
+
+def test_a_control_character_reaches_the_terminal(make: Make) -> None:
+    sweep = make()
+    cell = sweep.cell(arm="best_fit", seed="1")
+    sweep.store.manifest_file("train", cell.train).unlink()
+    sweep.fail("train", cell.train, "red \x1b[31m text")
+    assert "\x1b" not in shown(sweep.report())

@@ -50,6 +50,7 @@ WORDS: Words = (
     "oak", "pie", "rug", "sea", "tin", "van", "web", "yak",
 )  # fmt: skip
 VALUES: Words = tuple("abcdefghijklmnop")
+MARKS: Words = tuple("0123456789")
 
 OPERATIONS: dict[str, Callable[[Words], Words]] = {
     "copy": lambda words: words,
@@ -142,12 +143,12 @@ def _exchange(task: str, rng: Random, split: Split) -> list[Question]:
 
 def _primitive(rng: Random) -> list[Question]:
     """Draw a short training question of any kind; a table is asked about several times."""
-    kind = rng.choice((*OPERATIONS, "from", *["lookup"] * 6, "few_shot", "turns"))
+    kind = rng.choice((*OPERATIONS, "from", *["lookup"] * 4, "few_shot", "turns"))
     match kind:
         case "from":
             return [_draw(lambda: _from(rng, rng.randint(3, 8)), "train")]
         case "lookup":
-            return _lookups(rng, rng.randint(2, 8))
+            return _lookups(rng, rng.randint(3, 8))
         case "few_shot":
             return _few_shot(rng, rng.randint(2, 5), "train")
         case "turns":
@@ -192,7 +193,7 @@ def _table(rng: Random, num_pairs: int) -> list[Question]:
 
 def _few_shot(rng: Random, num_shots: int, split: Split) -> list[Question]:
     """Lists whose answers all end in the same mark; nothing but the examples, one to a turn, tells which."""
-    mark = rng.choice(VALUES)
+    mark = rng.choice(MARKS)
 
     def draw() -> Question:
         words = _text(_words(rng, rng.randint(3, 5)))

@@ -141,13 +141,16 @@ def supervised_spans(
     Raises:
         DataError: a turn does not end in a special token, so a model would never learn to stop.
     """
-    starts = np.asarray([start for start, _ in offsets], dtype=np.int64)
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     spans = []
     for first, last in rendered.spans:
         start, stop = np.searchsorted(starts, (first, last), side="left").tolist()
+        # Tokenizers that trim spaces off offsets make the prompt's last space look as if it began the answer.
+        start = max(start, int(np.searchsorted(ends, first, side="right")))
         while stop > start and ids[stop - 1] not in special:
             stop -= 1
-        if stop == start:
+        # Only white space may follow: else what was found opens the turn, or stands inside it, and ends nothing.
+        if stop == start or rendered.text[ends[stop - 1] : last].strip():
             raise DataError(
                 "the chat template closes an assistant turn without a special token: no stop would be learned",
                 "set `data.template`, for example to chatml",

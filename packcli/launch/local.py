@@ -136,6 +136,8 @@ def _pool(store: Store, sweep: str, count: int, threads: int) -> Iterator[list[_
         # A session of their own keeps Ctrl-C from reaching the workers: they are asked to stop at a step.
         for worker in workers:
             worker.process.terminate()
+            if worker.process.stdin is not None:
+                worker.process.stdin.close()  # after its checkpoint it finds no further job, and ends
         deadline = time.monotonic() + _GRACE_S
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             for worker in workers:

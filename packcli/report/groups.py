@@ -111,11 +111,12 @@ def _train(rows: list[Row]) -> TrainMeans | None:
     trains = [row.train for row in rows if row.train is not None]
     if not trains:
         return None
-    names = [name for name in TrainMeans.model_fields if name in Train.model_fields]
+    names = [name for name in TrainMeans.model_fields if name in Train.model_fields and name != "device"]
     means = {name: _mean([getattr(train, name) for train in trains]) for name in names}
     losses = [train.validation_loss for train in trains if train.validation_loss is not None]
     stderr = mean_stderr(losses)[1] if losses else None
-    return TrainMeans(n=len(trains), validation_loss_stderr=stderr, **means)
+    device = trains[0].device if len({train.device for train in trains}) == 1 else None
+    return TrainMeans(n=len(trains), validation_loss_stderr=stderr, device=device, **means)
 
 
 def _ledger(rows: list[Row]) -> dict[str, float] | None:

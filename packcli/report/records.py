@@ -82,7 +82,7 @@ class Row(Spec):
 class TrainMeans(Spec):
     """Means over the `n` cells of a group that finished training; each over those that have the number.
 
-    `validation_loss_stderr` is over seeds, null for one.
+    `validation_loss_stderr` is over seeds, null for one. `device`: null where the cells used unlike ones.
     """
 
     n: int
@@ -98,6 +98,7 @@ class TrainMeans(Spec):
     validation_loss_stderr: float | None
     tokens: float | None
     slots: float | None
+    device: str | None
 
 
 class PooledScore(Spec):

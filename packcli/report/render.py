@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 NAMES_WIDTH = 33
 _FRACTIONS = frozenset(
-    {"score", "stderr", "stderr_items", "average", "delta", "detectable", "interval_low", "interval_high"}
+    {"score", "stderr", "stderr_items", "average", "delta", "detectable", "efficiency", "mfu"}
+    | {"interval_low", "interval_high"}
 )
 
 
@@ -73,8 +74,8 @@ def markdown(report: Report) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that no markdown reader takes for a table border, HTML or a link."""
-    for sign in "\\|<[]*_":
+    """Text that no markdown reader takes for a table border, HTML or emphasis."""
+    for sign in "\\|<*":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("\n", "<br>")
 
@@ -107,9 +108,9 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 def _with_unit(column: str) -> str:
     """`average (fraction)`; names that end in `_s` or count something say their unit themselves."""
     name = column.rpartition(".")[2]
-    if name in _FRACTIONS:
+    if name in _FRACTIONS or ".health." in column:
         return f"{column} (fraction)"
-    return f"{column} (nats per token)" if name.endswith("_loss") else column
+    return f"{column} (nats per token)" if "_loss" in name else column
 
 
 def json_text(report: Report) -> str:

@@ -28,13 +28,15 @@ def sections(report: Report) -> list[tuple[str, list[Sheet]]]:
     found = []
     for setting, groups in report.settings():
         title = ": ".join(part for part in (plain(report.sweep), words.name(setting)) if part)
-        sheets = []
-        for members in _chunks(groups):
-            arms = [plain(group.arm) for group in members]
-            sheets.append(Sheet(["cost of training, mean over seeds", *arms], _cost(members, report.baseline)))
-            if scores := _scores(members, report.baseline):
-                sheets.append(Sheet(["score, mean over seeds", *arms], scores))
-        found.append((title, sheets))
+        chunks = [([plain(group.arm) for group in members], members) for members in _chunks(groups)]
+        costs = [
+            Sheet(["cost of training, mean over seeds", *arms], _cost(members, report.baseline))
+            for arms, members in chunks
+        ]
+        scores = [
+            Sheet(["score, mean over seeds", *arms], _scores(members, report.baseline)) for arms, members in chunks
+        ]
+        found.append((title, [*costs, *(sheet for sheet in scores if sheet.lines)]))
     return found
 
 
@@ -64,8 +66,10 @@ def _cost(groups: list[Group], baseline: str | None) -> list[list[str]]:
     if any(group.train and group.train.mfu is not None for group in groups):
         lines.append(("MFU, %", lambda group: _trained(group, "mfu", words.percent)))
     if baseline is not None:
+        # Beside an accelerator the CPU only waits: its time says nothing of the arm.
+        if all(group.train.device == "cpu" for group in groups if group.train):
+            lines.append(("speed-up, CPU time", lambda group: _against(group, baseline, _cpu)))
         lines += [
-            ("speed-up, CPU time", lambda group: _against(group, baseline, _cpu)),
             ("speed-up, wall time", lambda group: _against(group, baseline, _wall)),
             ("fewer slots", lambda group: _against(group, baseline, lambda own: own.slot_ratio)),
         ]
@@ -107,7 +111,7 @@ def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
         lines.append(["seeds scored", *(f"{group.n_seeds} of {group.n_cells}" for group in groups)])
         if baseline is not None:
             lines.append([f"difference to {plain(baseline)}, points", *(_delta(g, baseline) for g in groups)])
-            lines.append(["  smallest effect seen, points", *(_detectable(group) for group in groups)])
+            lines.append(["  detectable effect, points", *(_detectable(group) for group in groups)])
     if any(group.train and group.train.validation_loss is not None for group in groups):
         lines.append(["validation loss, nats/token", *(_validation(group) for group in groups)])
     return lines
@@ -193,10 +197,10 @@ def legend(report: Report) -> list[str]:
     lines += _about_errors([score for group in report.groups for score in group.eval.values()])
     if any(group.interval for group in report.groups):
         lines.append(
-            "difference [low, high]: mean over the seeds both have, paired by seed, and its 95% interval (Student's t); "
-            "not corrected for the number of arms."
+            "difference [low, high]: mean over the seeds both have, paired by seed, and its 95% interval "
+            "(Student's t); not corrected for the number of arms."
         )
-        lines.append("smallest effect seen: a true difference of that size is found in 80% of such sweeps.")
+        lines.append("detectable effect: a true difference of that size is found in 80% of such sweeps.")
     return [plain(line) for line in lines]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packcli.data.corpus import SOURCES
-from packcli.plan import Plan
 from packcli.log import plain
+from packcli.plan import Plan
 from packcli.report import words
 from packcli.report.records import Group, Row, Train, by_setting
 
@@ -18,11 +18,16 @@ STEPS_CONFOUND = 0.2
 def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
     """What the numbers come from, then one paragraph for each setting that arms are compared within."""
     scope = " ".join([*_origin(plan, rows), *_incomplete(rows), *_partial(groups)])
-    settings = [
-        f"{words.name(setting)}: {text}" if setting else text
-        for setting, members in by_setting(groups)
-        for text in [_setting(members, plan.baseline, rows)]
-    ]
+    trains: dict[frozenset[tuple[str, str]], list[Train]] = {}
+    for row in rows:
+        if row.train is not None:
+            labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
+            trains.setdefault(labels, []).append(row.train)
+    settings = []
+    for setting, members in by_setting(groups):
+        own = [train for group in members for train in trains.get(frozenset(group.labels.items()), [])]
+        text = _setting(members, plan.baseline, own)
+        settings.append(f"`{words.name(setting)}`: {text}" if setting else text)
     return "\n".join(part for part in (scope, *settings) if part)
 
 
@@ -45,10 +50,12 @@ def _origin(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 def _incomplete(rows: Sequence[Row]) -> list[str]:
     states = {state: [row.state for row in rows].count(state) for state in ("failed", "running", "pending")}
-    open_ = [f"{number} {state}" for state, number in states.items() if number]
+    open_ = [f"{count} {state}" for state, count in states.items() if count]
     if not open_:
         return []
-    return [f"{sum(states.values())} of {len(rows)} cells are not done ({', '.join(open_)}): this is of the rest."]
+    number = sum(states.values())
+    rest = "; what follows is about what is there" if number < len(rows) else ""
+    return [f"{number} of {len(rows)} cells are not done ({', '.join(open_)}){rest}."]
 
 
 def _partial(groups: Sequence[Group]) -> list[str]:
@@ -63,7 +70,7 @@ def _partial(groups: Sequence[Group]) -> list[str]:
 # One setting -------------------------------------------------------------------------------------------
 
 
-def _setting(groups: list[Group], baseline: str | None, rows: Sequence[Row]) -> str:
+def _setting(groups: list[Group], baseline: str | None, trains: list[Train]) -> str:
     others = [group for group in groups if group.arm != baseline]
     if baseline is None:
         return "The sweep names no `baseline` arm, so nothing is compared."
@@ -71,13 +78,8 @@ def _setting(groups: list[Group], baseline: str | None, rows: Sequence[Row]) -> 
         return f"There is no `{baseline}` cell here, so nothing is compared."
     if not others:
         return f"There is no arm besides `{baseline}` here, so nothing is compared."
-    trains = [row.train for group in groups for row in rows if row.train and _belongs(row, group)]
     steps = _steps(next(group for group in groups if group.arm == baseline), others)
     return " ".join([_speed(others, baseline, trains), *_quality(others, baseline), *steps])
-
-
-def _belongs(row: Row, group: Group) -> bool:
-    return {axis: value for axis, value in row.labels.items() if axis != "seed"} == group.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +117,20 @@ def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
     best, measure = max(timings, key=lambda timing: timing.ratio), "CPU time" if cpu else "wall time"
     arm = f"`{plain(best.group.arm)}`"
     if best.high < 1:
-        return f"Speed: `{baseline}` itself is fastest; next is {arm}: ratio of {measure} {best}."
+        return f"Speed: `{baseline}` itself was fastest; next was {arm}: ratio of {measure} {best}."
     if best.low <= 1:
-        return f"Speed: no arm is clearly faster than `{baseline}`; nearest is {arm}: ratio of {measure} {best}."
+        return f"Speed: no arm is clearly faster than `{baseline}`; nearest was {arm}: ratio of {measure} {best}."
     slots = f", and {words.times(best.group.slot_ratio)} its slots" if best.group.slot_ratio else ""
     near = [timing for timing in timings if timing is not best and timing.high >= best.low]
     close = words.listed([f"`{plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
     beside = f" Not clearly behind it: {close}." if near else ""
-    return f"Speed: {arm} is fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
+    return f"Speed: {arm} was fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
 
 
 def _quality(others: list[Group], baseline: str) -> list[str]:
     """Arms that differ, then arms for which no difference was shown, then arms nothing can be said of."""
+    if not any(group.task_states for group in others):
+        return ["Nothing is evaluated (`eval.tasks` is empty), so quality is not compared."]
     bounded = [(group, group.interval) for group in others if group.interval is not None]
     differ = [(group, bounds) for group, bounds in bounded if not bounds[0] <= 0 <= bounds[1]]
     clauses = [
@@ -152,8 +156,6 @@ def _no_difference(groups: list[Group]) -> str:
 
 def _unbounded(group: Group) -> str:
     """Why a group has no interval."""
-    if not group.task_states:
-        return "no tasks"
     if group.delta is None:
         return "no seed scored in both arms"
     if group.n_pairs == 1:

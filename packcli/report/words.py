@@ -33,7 +33,10 @@ def rate(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return NONE if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    """Three digits or more: `0.52`, `9.07`, `61.0`, `1,234`."""
+    if value is None:
+        return NONE
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def percent(value: float | None) -> str:
