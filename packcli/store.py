@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from packcli import __version__
 from packcli.config import Spec
-from packcli.errors import IntegrityError, PackcliError, RunError
+from packcli.errors import IntegrityError, PackcliError, PreemptedError, RunError
 from packcli.files import locked, read_json, sha256_file, write_json
 from packcli.plan import VERSIONS, Kind, Plan
 
@@ -159,6 +159,8 @@ class Store:
             self.failure_file(kind, id_).unlink(missing_ok=True)
             try:
                 yield directory
+            except PreemptedError:
+                raise  # not failed: it goes on from its checkpoint
             except PackcliError as error:
                 write_json(self.failure_file(kind, id_), {"cause": error.cause, "fix": error.fix})
                 raise
@@ -245,7 +247,11 @@ def normalized(value: Any) -> Any:
 
 def _varies(key: str) -> bool:
     # A report's speed-up is a ratio of times, its verdict a text that quotes them.
-    return key in ("provenance", "mfu", "speedup", "verdict") or key.endswith(("_s", "_per_s")) or key.startswith("peak_")
+    return (
+        key in ("provenance", "mfu", "speedup", "verdict")
+        or key.endswith(("_s", "_per_s"))
+        or key.startswith("peak_")
+    )
 
 
 def _is_locked(path: Path) -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -369,11 +369,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     assert "chatml" in caught.value.fix
 
 
-def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}",
+    ],
+)
+def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path, source: str) -> None:
     template = tmp_path / "endless.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
-    )
+    template.write_text(source)
     path = write_lines(tmp_path / "x.jsonl", chat_records(3))
     recipe = TokenizerOrder(sources=(str(path),), template=str(template), vocab_size=300)
     with pytest.raises(DataError, match="without a special token") as caught:
@@ -670,11 +675,11 @@ def test_an_index_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def real_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[tokens.Tokens, Any]]:
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokens.Tokens, Any]:
     root = tmp_path_factory.mktemp("real")
     records: list[Any] = [*chat_records(50, turns=2), *chat_records(10, turns=6), {"messages": []}]
     opened, _, results = open_store(order_for(write_lines(root / "x.jsonl", records)), root / "runs")
-    yield opened, results
+    return opened, results
 
 
 @pytest.mark.parametrize("arm", ARM_NAMES)

@@ -157,36 +157,78 @@ def template_text(template: str) -> str:
         raise ConfigError(f"no chat template `{template}`", hint) from None
 
 
-def render(tokenizer: Any, messages: Messages) -> Rendered:
-    """The conversation under the tokenizer's chat template.
+class Renderer:
+    """A tokenizer's chat template, compiled once.
 
-    An assistant turn's text is what the template adds when the turn is appended after its generation prompt;
-    a template for which the earlier text is not a prefix of the later one cannot be supervised that way.
-
-    Raises:
-        Rejected: the template refuses these messages (order of roles, for example).
-        DataError: the template has not the prefix property.
+    transformers' own `apply_chat_template` costs several times the rendering itself; the first conversations
+    go through both, and where they differ transformers' alone is used.
     """
-    text = _apply(tokenizer, messages)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _apply(tokenizer, messages[:number], prompt=True) if number else ""
-        after = _apply(tokenizer, messages[: number + 1])
-        if not (after.startswith(before) and text.startswith(after)):
-            raise DataError(
-                "the chat template changes earlier turns when one is added: assistant spans are unknown",
-                "set `data.template`, for example to chatml",
-            )
-        spans.append((len(before), len(after)))
-    return Rendered(text, spans)
+
+    _CHECKED = 16
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._template = _compile(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
+        self._special = dict(tokenizer.special_tokens_map)
+        self._left_to_check = self._CHECKED
+
+    def render(self, messages: Messages) -> Rendered:
+        """The conversation as text, and what the assistant wrote of it.
+
+        An assistant turn's text is what the template adds when the turn is appended after its generation
+        prompt; a template for which the earlier text is no prefix of the later cannot be supervised that way.
+
+        Raises:
+            Rejected: the template refuses these messages (order of roles, for example).
+            DataError: the template has not the prefix property.
+        """
+        text = self._apply(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._apply(messages[:number], prompt=True) if number else ""
+            after = self._apply(messages[: number + 1]) if number + 1 < len(messages) else text
+            if not (after.startswith(before) and text.startswith(after)):
+                raise DataError(
+                    "the chat template changes earlier turns when one is added: assistant spans are unknown",
+                    "set `data.template`, for example to chatml",
+                )
+            spans.append((len(before), len(after)))
+        return Rendered(text, spans)
+
+    def _apply(self, messages: Messages, *, prompt: bool = False) -> str:
+        import jinja2
+
+        try:
+            if self._template is None:
+                return self._theirs(messages, prompt)
+            text = str(self._template.render(messages=messages, add_generation_prompt=prompt, **self._special))
+            if self._left_to_check:
+                self._left_to_check -= 1
+                if text != self._theirs(messages, prompt):
+                    self._template = None
+                    return self._theirs(messages, prompt)
+            return text
+        except jinja2.TemplateError as error:
+            raise Rejected(f"the chat template refuses it: {error}") from None
+
+    def _theirs(self, messages: Messages, prompt: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
 
-def _apply(tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
+def _compile(template: str) -> Any:
+    """The template in an environment like transformers': sandboxed, blocks trimmed, `raise_exception` known."""
     import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = refuse
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise Rejected(f"the chat template refuses it: {error}") from None
+        raise ConfigError(f"the chat template is not valid Jinja: {error}") from None

@@ -1,8 +1,8 @@
 """A synthetic instruction corpus that packcli generates itself: small questions with one right answer.
 
 Source `tiny` is chat data: single questions, few-shot questions and multi-turn exchanges over a vocabulary of 24
-words, with a long tail of lengths. Source `tiny_base` holds the same primitive operations, many short ones to a
-conversation, and is meant to warm up a small model from scratch.
+words, with a long tail of lengths. Source `tiny_base` holds the same kinds of question, shorter and many more, and
+is meant to warm up a small model from scratch.
 
 What is held out: every question has a key that spells its operation and its operands (`reverse sun cat pen`), and
 a hash of the key alone makes it a training (80%), tuning (10%) or test (10%) question. No tuning or test key is
@@ -43,13 +43,14 @@ NUM_CONVERSATIONS = {"tiny": 3200, "tiny_base": 60000}
 Split = Literal["train", "tuning", "test"]
 Words = tuple[str, ...]
 
-# Distinct first letters and no shared stems, so that each becomes one token of even a small trained vocabulary.
+# Short and few, so that each, with the space before it, becomes one token of even a small trained vocabulary.
 WORDS: Words = (
     "red", "sun", "cat", "dog", "map", "cup", "hat", "pen",
     "box", "key", "bus", "ant", "owl", "fig", "jam", "nut",
     "oak", "pie", "rug", "sea", "tin", "van", "web", "yak",
 )  # fmt: skip
 VALUES: Words = tuple("abcdefghijklmnop")
+# Not letters too: with marks drawn from the values, a model learns "repeat some letter" and tables stay a guess.
 MARKS: Words = tuple("0123456789")
 
 OPERATIONS: dict[str, Callable[[Words], Words]] = {

@@ -49,13 +49,13 @@ def build(order: TokensOrder, store: Store, note: Callable[[str], None]) -> dict
     tokenizer = tokenizers.build(order)
     tokenizer.save_pretrained(store.tokenizer(order.id))
     files = sources.names(order.sources)
-    special = _special_ids(tokenizer)
+    special, renderer = _special_ids(tokenizer), chat.Renderer(tokenizer)
     records = []
     stream = tokenizers.located(order.sources, order.mapping, order.max_documents)
     for number, chunk in enumerate(_chunks(stream)):
         path = store.shard_record(order.id, number)
         if not path.exists():
-            write_json(path, _write_shard(store.shard(order.id, number), chunk, tokenizer, special, files))
+            write_json(path, _write_shard(store.shard(order.id, number), chunk, renderer, special, files))
         records.append(read_json(path))
         note(f"{sum(record['conversations'] for record in records):,} conversations")
     totals = {key: sum(record[key] for record in records) for key in ("conversations", "documents", "tokens")}
@@ -86,7 +86,7 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
 
 
 def _write_shard(
-    path: Path, chunk: list[Any], tokenizer: Any, special: NDArray[np.int32], files: tuple[str, ...]
+    path: Path, chunk: list[Any], renderer: chat.Renderer, special: NDArray[np.int32], files: tuple[str, ...]
 ) -> dict[str, Any]:
     rejected: list[dict[str, Any]] = []
     kept: list[tuple[sources.Record, chat.Messages, chat.Rendered]] = []
@@ -98,14 +98,14 @@ def _write_shard(
         try:
             if isinstance(messages, chat.Rejected):
                 raise messages
-            kept.append((record, messages, chat.render(tokenizer, messages)))
+            kept.append((record, messages, renderer.render(messages)))
         except chat.Rejected as reason:
             reject(record, reason)
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     stops: set[int] = set()
     texts = [rendered.text for _, _, rendered in kept]
     # The template writes every special token itself, BOS included; the tokenizer must not add another.
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    encodings = renderer.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     for (record, messages, rendered), encoding in zip(kept, encodings, strict=True):
         ids = np.asarray(encoding.ids, dtype=np.int32)
         spans = supervised_spans(rendered, encoding.offsets, ids, special)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from packcli import flops
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.data.tokenizer import load_directory
@@ -149,7 +150,11 @@ def train(
         # `final/` holds the weights; the optimizer's state is of no more use.
         checkpoint.prune(store, order.id, keep=0)
     processes.barrier()
-    return _results(order, store, progress, isolation, validation, processes) if processes.is_main else {}
+    return (
+        _results(order, store, model, rows, progress, isolation, validation, processes)
+        if processes.is_main
+        else {}
+    )
 
 
 def _set_threads(threads: int | None) -> None:
@@ -251,6 +256,8 @@ def _validation_loss(
 def _results(
     order: TrainOrder,
     store: Store,
+    model: Any,
+    rows: Index,
     progress: Progress,
     isolation: probe.Isolation | None,
     validation: float | None,
@@ -269,6 +276,7 @@ def _results(
         "cpu_s": progress.cpu_s,
         "useful_tokens_per_s": total["tokens"] / progress.wall_s if progress.wall_s else None,
         "padded_tokens_per_s": total["slots"] / progress.wall_s if progress.wall_s else None,
+        "mfu": _mfu(model, rows, total, progress.wall_s, processes),
         "isolation": isolation.record() if isolation else None,
         "random_weights": order.random_weights,
         "processes": processes.world,
@@ -276,3 +284,18 @@ def _results(
         "device": processes.device.type,
         "cores": os.cpu_count(),
     }
+
+
+def _mfu(model: Any, rows: Index, total: dict[str, int], wall_s: float, processes: Processes) -> float | None:
+    """Model FLOPs of useful tokens over the devices' dense bf16 peak; None where the peak is not known."""
+    if processes.device.type != "cuda" or not wall_s:
+        return None
+    peak, shape = flops.peak(torch.cuda.get_device_name(processes.device)), flops.shape(model.config.to_dict())
+    if peak is None or shape is None:
+        return None
+    # Pieces, not rows, also for causal packs: attention between documents is not useful work. Scaled from one
+    # epoch to the run.
+    lengths = rows.rows.stop - rows.rows.start
+    squares = int((lengths**2).sum() * (total["tokens"] / rows.tokens.sum()))
+    count = flops.training(shape, tokens=total["tokens"], squares=squares, supervised=total["supervised"])
+    return count / (wall_s * peak * processes.world)
