@@ -31,10 +31,10 @@ app = typer.Typer(
 # click's, of which some versions of typer carry a copy of their own.
 _UsageError: Any = typer.BadParameter.__base__
 
-SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, such as sweeps/tiny.yaml.")]
-Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only matching cells. Repeatable.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value: change the sweep. Repeatable.")]
-Runs = Annotated[Path, typer.Option("--runs", help="The run directory.")]
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, such as sweeps/tiny.yaml.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=VALUE", help="Only matching cells. Repeatable.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key. Repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Format = Literal["table", "md", "csv", "json"]
 DEFAULT_RUNS = Path("runs")
@@ -61,7 +61,10 @@ def prepare(
     store.write_plan(plan)
     failures = local.run(plan, store, [("index", id_) for id_ in plan.indexes])
     document = ledger.collect(plan, store)
-    _print(document) if json else _show(ledger.table(document))
+    if json:
+        _print(document)
+    elif any(cell["ledger"] for cell in document["cells"]):
+        _show(ledger.table(document))
     _finish(failures)
 
 
@@ -218,9 +221,15 @@ def _print(document: object) -> None:
 def _show(renderable: Any) -> None:
     from rich.console import Console
 
+    class Plain(Console):
+        """Shows control characters in the texts it is given: labels may come from data."""
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str("\n".join(map(log.plain, text.split("\n"))), **options)
+
     console = Console()
     # Into a file or a pipe there is no width to respect: let no column be cut.
-    Console(width=max(console.width, 140) if not console.is_terminal else None).print(renderable)
+    Plain(width=max(console.width, 140) if not console.is_terminal else None).print(renderable)
 
 
 def _finish(failures: Iterable[Any]) -> None:

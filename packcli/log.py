@@ -45,25 +45,22 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress display with count, elapsed time and time left; invisible when not a terminal."""
+    """A progress display with count, remark and time left; invisible when not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     terminal = console()
     with Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
         console=terminal,
         disable=not terminal.is_terminal,

@@ -34,6 +34,7 @@ from packcli.plan import VERSIONS, Kind, Plan
 
 State = Literal["pending", "running", "done", "failed"]
 
+MANIFEST = "manifest.json"
 LOGS = frozenset({"metrics.jsonl"})
 
 
@@ -77,7 +78,7 @@ class Store:
         return self.root / "store" / kind / id_
 
     def manifest_file(self, kind: Kind, id_: str) -> Path:
-        return self.directory(kind, id_) / "manifest.json"
+        return self.directory(kind, id_) / MANIFEST
 
     def failure_file(self, kind: Kind, id_: str) -> Path:
         return self.directory(kind, id_) / "failure.json"
@@ -206,7 +207,7 @@ def records(directory: Path) -> dict[str, FileRecord]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         unfinished = path.name == ".lock" or ".tmp-" in path.name
-        if path.is_file() and not unfinished and name not in LOGS and name != "manifest.json":
+        if path.is_file() and not unfinished and name not in LOGS and name != MANIFEST:
             found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
     return found
 
@@ -217,7 +218,7 @@ def verify(directory: Path) -> int:
     Raises:
         IntegrityError: no manifest, or a file that is missing, short or changed.
     """
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
         outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)["outputs"].items()}
     except FileNotFoundError:

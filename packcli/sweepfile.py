@@ -62,6 +62,8 @@ def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> Swee
     Raises:
         ConfigError: the file is missing, is not YAML, or has problems; all of them in one message.
     """
+    if path.suffix in (".jsonl", ".json", ".parquet", ".arrow", ".csv"):
+        raise ConfigError(f"`{path}` is data, not a sweep file", f"packcli sweep SWEEP --set data.source={path}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -116,11 +116,9 @@ def test_every_schema_in_every_format_reads_to_the_same_conversations(tmp_path: 
 
 def test_a_mapping_renames_fields_in_front_of_the_schema(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [{"q": "?", "completion": "!", "prompt": "elsewhere"}])
-    assert read_back(path, {"question": "q", "answer": "completion"}) == [
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ] or read_back(path, {"prompt": "q"}) == [
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ]
+    meant = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]]
+    assert read_back(path, {"prompt": "q"}) == meant
+    assert read_back(path, {"question": "q", "answer": "completion"}) == meant
 
 
 def test_bom_and_crlf_are_no_part_of_the_data(tmp_path: Path) -> None:

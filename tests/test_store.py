@@ -55,7 +55,7 @@ def test_the_manifest_is_written_last_and_covers_every_file(
 def test_a_stage_that_was_killed_is_pending_and_one_that_failed_says_why(tmp_path: Path) -> None:
     runs = Store(tmp_path / "runs")
     assert runs.state("eval", "k") == "pending"
-    with pytest.raises(KeyboardInterrupt), runs.writing("eval", "k"):
+    with pytest.raises(KeyboardInterrupt), runs.writing("eval", "k"):  # noqa: PT012
         assert runs.state("eval", "k") == "running"
         runs.samples("k").write_bytes(b"half a li")
         raise KeyboardInterrupt
@@ -214,7 +214,7 @@ def test_two_runs_of_a_stage_leave_equal_manifests_but_for_what_varies(tmp_path:
 
 def test_an_exception_leaves_neither_a_half_file_nor_a_temporary_one(tmp_path: Path) -> None:
     target = tmp_path / "x" / "file"
-    with pytest.raises(ZeroDivisionError), atomic_write(target) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(target) as file:  # noqa: PT012
         file.write(b"half")
         1 / 0  # noqa: B018
     assert list((tmp_path / "x").iterdir()) == []
@@ -231,7 +231,7 @@ def test_a_directory_appears_whole_or_not_at_all_and_replaces_an_older_one(tmp_p
     with atomic_directory(target) as made:
         (made / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(ZeroDivisionError), atomic_directory(target) as made:
+    with pytest.raises(ZeroDivisionError), atomic_directory(target) as made:  # noqa: PT012
         (made / "b").write_text("2")
         1 / 0  # noqa: B018
     assert [file.name for file in target.iterdir()] == ["a"]
@@ -267,7 +267,7 @@ def test_a_torn_last_line_of_a_log_is_left_out(tmp_path: Path, content: bytes, e
 
 def test_a_torn_line_in_the_middle_of_a_log_is_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1}\n{"st\n{"step":3}\n')
-    with pytest.raises(ValueError, match="unexpected|EOF|control|expected"):
+    with pytest.raises(ValueError, match=r"unexpected|EOF|control|expected"):
         read_jsonl(tmp_path / "metrics.jsonl")
 
 

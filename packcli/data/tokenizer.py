@@ -70,8 +70,6 @@ def _train(order: TokenizerOrder) -> Any:
         show_progress=False,
     )
     texts = [message["content"] for messages in _training_split(order) for message in messages]
-    if not texts:
-        raise DataError("no conversation to train a tokenizer on", "check `data.source` and `data.validation`")
     bpe.train_from_iterator([*texts, "system\n", "user\n", "assistant\n"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -83,12 +81,16 @@ def _train(order: TokenizerOrder) -> Any:
 
 
 def _training_split(order: TokenizerOrder) -> list[chat.Messages]:
-    kept = []
+    kept, reasons = [], set()
     for messages in conversations(order.sources, order.mapping, order.max_documents):
         if isinstance(messages, chat.Rejected):
-            continue
-        if not chat.in_validation(chat.content_hash(messages), order.validation):
+            reasons.add(str(messages))
+        elif not chat.in_validation(chat.content_hash(messages), order.validation):
             kept.append(messages)
+    if not kept:
+        why = ", ".join(sorted(reasons)[:3]) or "the source is empty, or all of it is held out for validation"
+        found = ", ".join(sources.names(order.sources))
+        raise DataError(f"no usable conversation to train a tokenizer on in {found}: {why}", "see docs/data.md")
     return kept
 
 

@@ -52,7 +52,7 @@ class _Worker:
     answers: int
     job: _Job | None = None
     pending: bytes = b""
-    note: str = ""
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -190,6 +190,7 @@ def _schedule(state: _Run, workers: list[_Worker]) -> None:
     finished, last_line = 0, time.monotonic()
     with log.progress() as display:
         bar = display.add_task("stages", total=state.total, note="")
+        lines = {id(worker): display.add_task("", total=None, note="", visible=False) for worker in workers}
         while state.waiting or any(worker.job for worker in workers):
             for worker in workers:
                 if worker.job is None and (job := _next(state)) is not None:
@@ -199,22 +200,36 @@ def _schedule(state: _Run, workers: list[_Worker]) -> None:
                 ended = worker.job
                 for message in _receive(worker):
                     if message["event"] == "note":
-                        worker.note = _describe(worker, message)
+                        worker.note = message
                         continue
                     assert ended is not None
                     finished += len(ended.ids)
                     _end(state, ended, message["failures"])
-                    worker.job, worker.note = None, ""
+                    worker.job, worker.note = None, {}
                 if worker.process.poll() is not None and not worker.pending:
                     selector.unregister(worker.answers)
                     finished += _replace(state, workers, worker)
                     selector.register(worker.answers, selectors.EVENT_READ, worker)
             finished += _drop_blocked(state)
-            notes = "; ".join(worker.note for worker in workers if worker.note)
-            display.update(bar, completed=finished, note=notes)
+            display.update(bar, completed=finished)
+            for worker in workers:
+                display.update(lines[id(worker)], **_line(worker))
             if display.disable and time.monotonic() - last_line > _QUIET_LINE_S:
                 last_line = time.monotonic()
-                log.logger.info("%d of %d stages done; %s", finished, state.total, notes or "working")
+                busy = "; ".join(str(_line(worker)["description"]) for worker in workers if worker.job)
+                log.logger.info("%d of %d stages done; %s", finished, state.total, busy)
+
+
+def _line(worker: _Worker) -> dict[str, Any]:
+    """What a worker's line of the display shows: its job, how far it is, its last remark."""
+    job, note = worker.job, worker.note
+    return {
+        "visible": job is not None,
+        "description": log.plain(f"  {job.kind} {job.name}") if job else "",
+        "completed": note.get("done", 0),
+        "total": note.get("total") or None,
+        "note": log.plain(note.get("remark", "")),
+    }
 
 
 def _next(state: _Run) -> _Job | None:
@@ -240,7 +255,7 @@ def _cost(state: _Run, job: _Job) -> float:
 def _send(state: _Run, worker: _Worker, job: _Job) -> None:
     orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
     request = {"kind": job.kind, "ids": job.ids, "orders": orders}
-    worker.job, worker.note = job, log.plain(f"{job.kind} {job.name}")
+    worker.job, worker.note = job, {}
     assert worker.process.stdin is not None
     # A worker that died takes no request; the scheduler sees its pipe close and replaces it.
     with contextlib.suppress(BrokenPipeError):
@@ -252,14 +267,6 @@ def _receive(worker: _Worker) -> list[dict[str, Any]]:
     worker.pending += os.read(worker.answers, 1 << 16)
     *lines, worker.pending = worker.pending.split(b"\n")
     return [orjson.loads(line) for line in lines]
-
-
-def _describe(worker: _Worker, message: dict[str, Any]) -> str:
-    job = worker.job
-    if job is None:
-        return ""
-    share = f" {message['done']}/{message['total']}" if message["total"] else ""
-    return log.plain(f"{job.kind} {job.name}{share}, {message['remark']}")
 
 
 def _end(state: _Run, job: _Job, failures: list[dict[str, Any]]) -> None:
@@ -288,13 +295,8 @@ def _replace(state: _Run, workers: list[_Worker], worker: _Worker) -> int:
         state.store, state.plan.name, workers.index(worker), max(1, (os.cpu_count() or 1) // len(workers))
     )
     os.close(worker.answers)
-    worker.process, worker.answers, worker.job, worker.pending, worker.note = (
-        fresh.process,
-        fresh.answers,
-        None,
-        b"",
-        "",
-    )
+    worker.process, worker.answers = fresh.process, fresh.answers
+    worker.job, worker.pending, worker.note = None, b"", {}
     return ended
 
 

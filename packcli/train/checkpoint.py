@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from packcli.files import read_json, write_json
-from packcli.store import Store, records, verify
+from packcli.store import MANIFEST, Store, records, verify
 from packcli.train.distributed import Processes
 
 
@@ -33,7 +33,7 @@ def save(
     if processes.is_main:
         write_json(path / "progress.json", {"step": step, **progress})
         outputs = {name: record.model_dump() for name, record in records(path).items()}
-        write_json(path / "manifest.json", {"step": step, "outputs": outputs})
+        write_json(path / MANIFEST, {"step": step, "outputs": outputs})
     processes.barrier()
 
 
@@ -44,7 +44,7 @@ def latest(store: Store, train: str) -> Path | None:
         IntegrityError: it is finished but a file of it changed.
     """
     for _, path in store.checkpoints(train):
-        if (path / "manifest.json").exists():
+        if (path / MANIFEST).exists():
             verify(path)
             return path
     return None
@@ -66,8 +66,8 @@ def prune(store: Store, train: str, keep: int) -> None:
     """Delete all but the newest `keep` finished checkpoints, and every unfinished one."""
     finished = 0
     for _, path in store.checkpoints(train):
-        finished += (path / "manifest.json").exists()
-        if finished > keep or not (path / "manifest.json").exists():
+        finished += (path / MANIFEST).exists()
+        if finished > keep or not (path / MANIFEST).exists():
             store.remove(path)
 
 
