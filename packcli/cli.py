@@ -31,9 +31,15 @@ app = typer.Typer(
 # click's, of which some versions of typer carry a copy of their own.
 _UsageError: Any = typer.BadParameter.__base__
 
-SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, such as sweeps/tiny.yaml.")]
-Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=VALUE", help="Only matching cells. Repeatable.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key. Repeatable.")]
+SweepFile = Annotated[
+    Path, typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, such as sweeps/tiny.yaml.")
+]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="AXIS=VALUE", help="Only matching cells. Repeatable.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key. Repeatable.")
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Format = Literal["table", "md", "csv", "json"]

@@ -347,7 +347,7 @@ def test_the_space_that_ends_a_prompt_is_never_supervised(trim_offsets: bool) ->
     tokenizer = byte_tokenizer(template, trim_offsets=trim_offsets)
     answers = ["  🙂 hello", "x"]
     messages = [{"role": role, "content": text} for text in answers for role in ("user", "assistant")]
-    rendered = chat.render(tokenizer, messages)
+    rendered = chat.Renderer(tokenizer).render(messages)
     encoding = tokenizer.backend_tokenizer.encode(rendered.text, add_special_tokens=False)
     ids = np.asarray(encoding.ids, dtype=np.int32)
     spans = tokens.supervised_spans(rendered, encoding.offsets, ids, tokens._special_ids(tokenizer))
@@ -387,7 +387,37 @@ def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path, source: st
 def test_a_template_that_raises_rejects_the_conversation_and_not_the_file() -> None:
     tokenizer = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(chat.Rejected, match="roles must alternate"):
-        chat.render(tokenizer, ONE_TURN)
+        chat.Renderer(tokenizer).render(ONE_TURN)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m | tojson }}</s>{% endfor %}",
+        "{{ bos_token }}{% if tools is not none %}TOOLS{% endif %}{{ strftime_now('year') }}"
+        "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n{{ m.content }}\n    {% continue %}\n"
+        "    {% endif %}\n{{ m.content }}</s>{% endfor %}",
+    ],
+)
+def test_a_template_renders_as_transformers_renders_it(source: str) -> None:
+    tokenizer = byte_tokenizer(source)
+    renderer = chat.Renderer(tokenizer)
+    for number in range(40):  # beyond the first conversations, which are compared as they come
+        messages = [*ONE_TURN, {"role": "user", "content": f"<&'\"> {number}"}, TWO_TURNS[3]]
+        rendered = renderer.render(messages)
+        assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+        for (start, stop), turn in zip(rendered.spans, (ONE_TURN[1], TWO_TURNS[3]), strict=True):
+            said = rendered.text[start:stop]
+            assert turn["content"] in (said if "tojson" not in source else json.loads(said[:-4])["content"])
+
+
+def test_a_template_that_is_no_jinja_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="not valid Jinja") as caught:
+        chat.Renderer(byte_tokenizer("{% for m in messages %}"))
+    assert "chatml" in caught.value.fix
 
 
 def test_rejected_conversations_are_counted_and_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -699,6 +729,20 @@ def test_duplicates_go_to_one_side_together(tmp_path: Path) -> None:
     opened, _, _ = open_store(order_for(path), tmp_path / "runs")
     held = [chat.in_validation(int(content), 0.3) for content in opened.content]
     assert held[:40] == held[40:]
+
+
+def test_the_store_holds_the_hash_by_which_the_tokenizer_chose_its_documents(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", chat_records(5))
+    opened, _, _ = open_store(order_for(path), tmp_path / "runs")
+    assert opened.content.tolist() == [chat.content_hash(messages) for messages in read_back(path)]
+
+
+def test_no_document_moves_between_training_and_validation_unnoticed() -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ß"}]
+    assert chat.content_hash(said) == 6109916162302860884
+    assert chat.in_validation(2**62 - 1, 0.25)
+    assert not chat.in_validation(2**62, 0.25)
+    assert not chat.in_validation(0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["chatml", "plain"])

@@ -203,7 +203,8 @@ class Renderer:
         try:
             if self._template is None:
                 return self._theirs(messages, prompt)
-            text = str(self._template.render(messages=messages, add_generation_prompt=prompt, **self._special))
+            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+            text = str(self._template.render(**{**self._special, **given}))
             if self._left_to_check:
                 self._left_to_check -= 1
                 if text != self._theirs(messages, prompt):
@@ -218,17 +219,15 @@ class Renderer:
 
 
 def _compile(template: str) -> Any:
-    """The template in an environment like transformers': sandboxed, blocks trimmed, `raise_exception` known."""
+    """The template as transformers compiles it: its sandbox, filters and tags. None: it no longer shows how."""
     import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
     try:
-        return environment.from_string(template)
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+    except ImportError:
+        return None
+    try:
+        return _compile_jinja_template(template)
     except jinja2.TemplateError as error:
-        raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
+        hint = "mend it, or set `data.template`, for example to chatml"
+        raise ConfigError(f"the chat template is not valid Jinja: {error}", hint) from None

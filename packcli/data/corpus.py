@@ -50,7 +50,7 @@ WORDS: Words = (
     "oak", "pie", "rug", "sea", "tin", "van", "web", "yak",
 )  # fmt: skip
 VALUES: Words = tuple("abcdefghijklmnop")
-# Not letters too: with marks drawn from the values, a model learns "repeat some letter" and tables stay a guess.
+# Not letters: repeating some letter seen before would be right for marks and a guess for tables.
 MARKS: Words = tuple("0123456789")
 
 OPERATIONS: dict[str, Callable[[Words], Words]] = {
