@@ -23,7 +23,16 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class ArmSpec(Spec):
+class LayoutSpec(Spec):
+    """How an arm makes rows: all that a row index depends on of it. The words are explained in `ArmSpec`."""
+
+    layout: Literal["pad", "padding_free", "pack"]
+    pad_to: Literal["max_length", "none"]
+    packer: Literal["none", "concat", "next_fit_decreasing", "best_fit"]
+    overlong: Literal["truncate", "none"]
+
+
+class ArmSpec(LayoutSpec):
     """One way of turning documents into rows and rows into a loss.
 
     layout          pad: one document a row. padding_free: the same rows flattened, no padding. pack: several.
@@ -38,10 +47,6 @@ class ArmSpec(Spec):
     batch_unit      what train.global_batch counts for this arm; unset: what train.batch_unit says.
     """
 
-    layout: Literal["pad", "padding_free", "pack"]
-    pad_to: Literal["max_length", "none"]
-    packer: Literal["none", "concat", "next_fit_decreasing", "best_fit"]
-    overlong: Literal["truncate", "none"]
     attention: Literal["document", "causal"]
     positions: Literal["reset", "continue"]
     loss: Literal["token"]
@@ -64,6 +69,11 @@ class ArmSpec(Spec):
     @property
     def one_document_per_row(self) -> bool:
         return self.layout != "pack"
+
+    @property
+    def rows(self) -> LayoutSpec:
+        """The part that decides rows: arms that share it share their row index."""
+        return LayoutSpec(**{key: getattr(self, key) for key in LayoutSpec.model_fields})
 
 
 _TRUNCATED = {"overlong": "truncate", "attention": "document", "positions": "reset", "loss": "token"}

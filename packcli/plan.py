@@ -19,6 +19,7 @@ from packcli.config import (
     CellSpec,
     DataSpec,
     EvalSpec,
+    LayoutSpec,
     ModelSpec,
     Spec,
     SweepSpec,
@@ -30,7 +31,6 @@ Kind = Literal["tokens", "index", "train", "eval"]
 VERSIONS: dict[Kind, int] = {"tokens": 1, "index": 1, "train": 1, "eval": 1}
 
 Fingerprints = Mapping[str, str]
-_LAYOUT_KEYS = frozenset({"layout", "pad_to", "packer", "overlong"})
 
 
 class TokenizerOrder(Spec):
@@ -62,7 +62,7 @@ class IndexOrder(Spec):
     max_length: int
     validation: float
     seed: int
-    arm: ArmSpec
+    layout: LayoutSpec
 
 
 class TrainOrder(Spec):
@@ -305,13 +305,14 @@ class _Builder:
         return order, identity
 
     def _index(self, tokens: str, data: DataSpec, arm: ArmSpec, seed: int) -> IndexOrder:
+        layout = arm.rows
         identity = {
             "version": VERSIONS["index"],
             "tokens": tokens,
             "max_length": data.max_length,
             "validation": data.validation,
             "seed": seed,
-            "layout": arm.model_dump(include=set(_LAYOUT_KEYS)),
+            "layout": layout.model_dump(),
         }
         order = IndexOrder(
             id=digest(identity),
@@ -319,7 +320,7 @@ class _Builder:
             max_length=data.max_length,
             validation=data.validation,
             seed=seed,
-            arm=arm,
+            layout=layout,
         )
         return self.indexes.setdefault(order.id, order)
 

@@ -200,7 +200,7 @@ def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
     if distributed.rank() == 0:
         with store.writing("train", order.id):
             results = work()
-            tokenizer = source.outputs["tokenizer/tokenizer.json"].sha256
+            tokenizer = store.tokenizer_record(source).sha256
             bases = {"base": order.base} if order.base else {}
             store.commit(
                 "train",
@@ -343,7 +343,7 @@ def _upstream(store: Store, kind: Kind, id_: str) -> Manifest:
 
 
 def _same_tokenizer(store: Store, source: Manifest, base: Manifest) -> None:
-    own = source.outputs["tokenizer/tokenizer.json"].sha256
+    own = store.tokenizer_record(source).sha256
     if own != base.results["tokenizer_sha256"]:
         raise IntegrityError(
             f"base {base.id} was trained with another tokenizer than tokens {source.id}",

@@ -86,6 +86,11 @@ class Store:
     def tokenizer(self, tokens: str) -> Path:
         return self.directory("tokens", tokens) / "tokenizer"
 
+    @staticmethod
+    def tokenizer_record(manifest: Manifest) -> FileRecord:
+        """The checksum of the tokenizer a token store was made with."""
+        return manifest.outputs["tokenizer/tokenizer.json"]
+
     def shard(self, tokens: str, number: int) -> Path:
         return self.directory("tokens", tokens) / f"shard-{number:05d}.arrow"
 
@@ -118,6 +123,11 @@ class Store:
     def _glob(self, train: str, pattern: str) -> Iterable[Path]:
         paths = self.directory("train", train).glob(pattern)
         return [path for path in paths if path.name.partition("-")[2].isdigit()]
+
+    @staticmethod
+    def progress(checkpoint: Path) -> Path:
+        """What a checkpoint keeps beside the tensors."""
+        return checkpoint / "progress.json"
 
     def final(self, train: str) -> Path:
         return self.directory("train", train) / "final"

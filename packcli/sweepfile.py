@@ -1,4 +1,4 @@
-"""A sweep file as typed cells: YAML with line numbers, the matrix, `--only`, `--set`, all problems at once.
+"""A sweep file as typed cells: the matrix, `--only`, `--set`, all problems at once.
 
 The file is multiplied out first and each cell validated after, so a matrix may set any key, and what is
 hashed later is the validated model, never the YAML text.
@@ -17,29 +17,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from packcli.config import ARMS, NAME_PATTERN, CellSpec, SweepSpec
 from packcli.errors import ConfigError
+from packcli.yamlfile import KeyPath, Lines, Problems, parse
 
 MAX_CELLS = 10_000
-_MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
 _TOP_KEYS = ("name", "model", "data", "train", "eval", "matrix", "include", "exclude", "arms", "baseline")
 _SECTIONS = ("model", "data", "train", "eval")
 # Where pydantic puts the branch of a union into an error's location: no part of a key.
 _UNION_TAGS = frozenset({"constrained-str", "list[str]"})
-_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-
-KeyPath = tuple[str, ...]
-
-
-class Lines(dict[KeyPath, int]):
-    """The line (from 1) of every key by its path, and the text of every scalar as it was typed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: dict[KeyPath, str] = {}
 
 
 class Value(NamedTuple):
@@ -47,13 +35,6 @@ class Value(NamedTuple):
 
     value: Any
     label: str
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that `1e-5` is a number, as YAML 1.2 has it."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
@@ -76,73 +57,6 @@ def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> Swee
     problems.raise_if_any()
     assert spec is not None
     return _select(spec, only)
-
-
-def parse(text: str, where: str) -> tuple[dict[str, Any], Lines]:
-    """YAML text as a dictionary, and the line (from 1) of every key by its path."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{where}: a sweep file is a mapping of keys to values", "see docs/sweep_file.md")
-        lines = Lines()
-        _walk(node, (), lines, where)
-        return dict(_Loader(text).construct_document(node)), lines
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply, or within itself", "write it out without `*`") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(
-            f"{where}{line}: not valid YAML: {problem}", "only plain YAML is read, no tags"
-        ) from None
-
-
-def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> None:
-    if len(lines) > _MAX_VALUES:
-        raise ConfigError(f"{where}: more than {_MAX_VALUES:,} values", "use fewer aliases (`*`)")
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*path, str(key.value))
-            line = key.start_mark.line + 1
-            if inner in lines:
-                name = ".".join(inner)
-                raise ConfigError(
-                    f"{where}:{line}: duplicate key `{name}`, first on line {lines[inner]}", "keep one"
-                )
-            lines[inner] = line
-            _walk(value, inner, lines, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, str(index))] = value.start_mark.line + 1
-            _walk(value, (*path, str(index)), lines, where)
-    elif isinstance(node, yaml.ScalarNode):
-        lines.texts[path] = node.value
-
-
-class Problems:
-    """All that is wrong with a file, each said once, with its line and the nearest key."""
-
-    def __init__(self, where: str, lines: Lines) -> None:
-        self._where, self._lines, self._found = where, lines, dict[str, None]()
-
-    def add(self, path: tuple[str, ...], message: str) -> None:
-        known = path
-        while known and known not in self._lines:
-            known = known[:-1]
-        line = f":{self._lines[known]}" if known else ""
-        self._found[f"{self._where}{line}: {message}"] = None
-
-    def unknown(self, path: tuple[str, ...], dotted: str, keys: Sequence[str]) -> None:
-        """`path`: where it stands in the file; `keys`: what its last part could have been."""
-        *parents, key = dotted.split(".")
-        near = [".".join([*parents, close]) for close in difflib.get_close_matches(key, keys, n=1)]
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(keys)}"
-        self.add(path, f"unknown key `{dotted}`; {hint}")
-
-    def raise_if_any(self) -> None:
-        if self._found:
-            raise ConfigError("\n".join(self._found), "keys and values are described in docs/sweep_file.md")
 
 
 def preset(name: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ RANKS = {
     "files": 0,
     "log": 0,
     "seeds": 0,
+    "yamlfile": 1,
     "config": 1,
     "sweepfile": 2,
     "packing": 2,

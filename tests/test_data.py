@@ -599,7 +599,9 @@ def _documents(draw: st.DrawFn) -> FakeTokens:
 
 def index_order(arm: str, max_length: int, validation: float = 0.5, seed: int = 0) -> IndexOrder:
     arm_spec = ArmSpec.model_validate(ARMS[arm])
-    return IndexOrder(id="i", tokens="t", max_length=max_length, validation=validation, seed=seed, arm=arm_spec)
+    return IndexOrder(
+        id="i", tokens="t", max_length=max_length, validation=validation, seed=seed, layout=arm_spec.rows
+    )
 
 
 @given(_documents(), st.integers(2, 40), st.sampled_from(ARM_NAMES), st.integers(0, 3), st.integers(0, 3))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from packcli import plan as planning
-from packcli import sweepfile
+from packcli import sweepfile, yamlfile
 from packcli.config import SweepSpec
 from packcli.data import sources
 from packcli.plan import Plan, closure, needed, plan
@@ -41,8 +41,8 @@ BASE = {
 
 def load(document: dict[str, Any]) -> SweepSpec:
     text = yaml.safe_dump(document, sort_keys=False)
-    parsed, lines = sweepfile.parse(text, "sweep.yaml")
-    problems = sweepfile.Problems("sweep.yaml", lines)
+    parsed, lines = yamlfile.parse(text, "sweep.yaml")
+    problems = yamlfile.Problems("sweep.yaml", lines)
     spec = sweepfile._build(parsed, lines, problems, ())
     problems.raise_if_any()
     assert spec is not None

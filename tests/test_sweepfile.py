@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packcli import sweepfile
+from packcli import sweepfile, yamlfile
 from packcli.config import ARMS, ArmSpec, CellSpec, SweepSpec
 from packcli.errors import ConfigError
 
@@ -229,8 +229,8 @@ _JUNK = st.recursive(
 def test_junk_in_any_section_is_a_config_error_or_a_sweep(section: str, junk: Any) -> None:
     document = {**yaml.safe_load(SWEEP), section: junk}
     text = yaml.safe_dump(document)
-    parsed, lines = sweepfile.parse(text, "sweep.yaml")
-    problems = sweepfile.Problems("sweep.yaml", lines)
+    parsed, lines = yamlfile.parse(text, "sweep.yaml")
+    problems = yamlfile.Problems("sweep.yaml", lines)
     try:
         spec = sweepfile._build(parsed, lines, problems, ())
         problems.raise_if_any()

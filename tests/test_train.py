@@ -72,7 +72,7 @@ class Data:
             max_length=max_length,
             validation=0.1,
             seed=seed,
-            arm=arm(name),
+            layout=arm(name).rows,
         )
         stages.prepare_index(order, self.store)
         return indexes.read(self.store.rows(order.id))

@@ -77,7 +77,7 @@ def build(
     everything = np.arange(tokens.num_documents)
     validation = tokens.content < np.uint64(int(order.validation * 2**64))
     fitted = np.minimum(lengths, order.max_length)
-    kept_lengths = fitted if order.arm.overlong == "truncate" else lengths
+    kept_lengths = fitted if order.layout.overlong == "truncate" else lengths
     labelled = labels.count(everything, np.zeros_like(lengths), kept_lengths) > 0
     kept = everything[~validation & labelled]
     dropped = everything[~validation & ~labelled]
@@ -97,7 +97,7 @@ def build(
 
 def _pack(order: IndexOrder, lengths: Ints) -> Rows:
     generator = rng(order.seed, "pack")
-    match order.arm.packer:
+    match order.layout.packer:
         case "none":
             return packing.one_per_row(lengths)
         case "concat":
@@ -129,9 +129,9 @@ def _ledger(
 ) -> dict[str, Any]:
     """Every count but the conversations', each taken from its own source so that the identities can fail."""
     rows, tokens_kept = index.rows, int(index.tokens.sum())
-    whole = order.arm.overlong == "truncate"
+    whole = order.layout.overlong == "truncate"
     reached = np.minimum(lengths[kept], order.max_length) if whole else lengths[kept]
-    match order.arm.layout:
+    match order.layout.layout:
         case "padding_free":
             slots, bound = tokens_kept, len(kept)
         case "pad":
@@ -154,7 +154,7 @@ def _ledger(
         "tokens_dropped": int(lengths[dropped].sum()),
         "tokens_kept": tokens_kept,
         "tokens_padding": int((order.max_length - index.tokens).sum())
-        if order.arm.layout != "padding_free"
+        if order.layout.layout != "padding_free"
         else 0,
         "tokens_boundary": 0,
         "tokens_supervised": int(index.supervised.sum()),

@@ -52,6 +52,7 @@ class _Worker:
     answers: int
     job: _Job | None = None
     pending: bytes = b""
+    closed: bool = False
     note: dict[str, Any] = field(default_factory=dict)
 
 
@@ -185,18 +186,21 @@ def _terminable() -> Iterator[None]:
 
 def _schedule(state: _Run, workers: list[_Worker]) -> None:
     selector = selectors.DefaultSelector()
-    for worker in workers:
-        selector.register(worker.answers, selectors.EVENT_READ, worker)
+    for number, worker in enumerate(workers):
+        selector.register(worker.answers, selectors.EVENT_READ, number)
     finished, last_line = 0, time.monotonic()
     with log.progress() as display:
         bar = display.add_task("stages", total=state.total, note="")
         lines = {id(worker): display.add_task("", total=None, note="", visible=False) for worker in workers}
         while state.waiting or any(worker.job for worker in workers):
-            for worker in workers:
+            for number, worker in enumerate(workers):
                 if worker.job is None and (job := _next(state)) is not None:
+                    if worker.closed:
+                        _revive(state, workers, number)
+                        selector.register(worker.answers, selectors.EVENT_READ, number)
                     _send(state, worker, job)
             for key, _ in selector.select(timeout=1.0):
-                worker = key.data
+                number, worker = key.data, workers[key.data]
                 ended = worker.job
                 for message in _receive(worker):
                     if message["event"] == "note":
@@ -206,10 +210,9 @@ def _schedule(state: _Run, workers: list[_Worker]) -> None:
                     finished += len(ended.ids)
                     _end(state, ended, message["failures"])
                     worker.job, worker.note = None, {}
-                if worker.process.poll() is not None and not worker.pending:
+                if worker.closed:
                     selector.unregister(worker.answers)
-                    finished += _replace(state, workers, worker)
-                    selector.register(worker.answers, selectors.EVENT_READ, worker)
+                    finished += _bury(state, number, worker)
             finished += _drop_blocked(state)
             display.update(bar, completed=finished)
             for worker in workers:
@@ -264,7 +267,9 @@ def _send(state: _Run, worker: _Worker, job: _Job) -> None:
 
 
 def _receive(worker: _Worker) -> list[dict[str, Any]]:
-    worker.pending += os.read(worker.answers, 1 << 16)
+    chunk = os.read(worker.answers, 1 << 16)
+    worker.closed = not chunk  # only its death closes its end of the pipe
+    worker.pending += chunk
     *lines, worker.pending = worker.pending.split(b"\n")
     return [orjson.loads(line) for line in lines]
 
@@ -277,27 +282,24 @@ def _end(state: _Run, job: _Job, failures: list[dict[str, Any]]) -> None:
     state.done.update((job.kind, id_) for id_ in job.ids if id_ not in failed)
 
 
-def _replace(state: _Run, workers: list[_Worker], worker: _Worker) -> int:
-    """A worker died: its job failed, a new worker takes its place. How many stages that ended."""
-    job = worker.job
-    ended = 0
-    if job is not None:
-        code = worker.process.returncode
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        number = workers.index(worker)
-        log_file = state.store.worker_log(state.plan.name, number)
-        cause = f"{job.kind} {job.name}: the process died ({how}; out of memory?)"
-        _end(
-            state, job, [{"id": id_, "cause": cause, "fix": f"see {log_file}", "exit_code": 7} for id_ in job.ids]
-        )
-        ended = len(job.ids)
-    fresh = _start(
-        state.store, state.plan.name, workers.index(worker), max(1, (os.cpu_count() or 1) // len(workers))
-    )
-    os.close(worker.answers)
-    worker.process, worker.answers = fresh.process, fresh.answers
+def _bury(state: _Run, number: int, worker: _Worker) -> int:
+    """A worker died: its job failed. How many stages that ended. It is started again when there is work for it."""
+    job, code = worker.job, worker.process.wait()
     worker.job, worker.pending, worker.note = None, b"", {}
-    return ended
+    if job is None:
+        return 0
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    cause = f"{job.kind} {job.name}: the process died ({how}; out of memory?)"
+    fix = f"see {state.store.worker_log(state.plan.name, number)}"
+    _end(state, job, [{"id": id_, "cause": cause, "fix": fix, "exit_code": 7} for id_ in job.ids])
+    return len(job.ids)
+
+
+def _revive(state: _Run, workers: list[_Worker], number: int) -> None:
+    threads = max(1, (os.cpu_count() or 1) // len(workers))
+    fresh = _start(state.store, state.plan.name, number, threads)
+    os.close(workers[number].answers)
+    workers[number].process, workers[number].answers, workers[number].closed = fresh.process, fresh.answers, False
 
 
 def _drop_blocked(state: _Run) -> int:

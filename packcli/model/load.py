@@ -55,7 +55,7 @@ def _from_config(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation=attention.NAME)
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"`model.config` makes no causal model: {reason}") from None
+        raise ConfigError(f"`model.config` makes no causal model: {reason}", "see docs/sweep_file.md") from None
 
 
 def _from_checkpoint(name: str, revision: str | None) -> Any:

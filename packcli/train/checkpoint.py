@@ -31,7 +31,7 @@ def save(
     )
     processes.barrier()
     if processes.is_main:
-        write_json(path / "progress.json", {"step": step, **progress})
+        write_json(Store.progress(path), {"step": step, **progress})
         outputs = {name: record.model_dump() for name, record in records(path).items()}
         write_json(path / MANIFEST, {"step": step, "outputs": outputs})
     processes.barrier()
@@ -58,7 +58,7 @@ def restore(path: Path, model: Any, optimizer: Any, processes: Processes) -> dic
         loaded, checkpoint_id=path, no_dist=processes.world == 1
     )
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    progress: dict[str, Any] = read_json(path / "progress.json")
+    progress: dict[str, Any] = read_json(Store.progress(path))
     return progress
 
 
