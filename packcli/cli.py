@@ -112,6 +112,9 @@ def evaluate(
     bench_data: Annotated[
         Path | None, typer.Option("--bench-data", help="Directory of benchmark files; without it, the hub.")
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template/--no-chat-template", help="Prompt as chat turns, or as plain text.")
+    ] = True,
     engine: Annotated[Literal["hf"], typer.Option("--engine", help="What generates.")] = "hf",
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
@@ -126,7 +129,7 @@ def evaluate(
     store = Store(runs)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     data = str(bench_data) if bench_data else None
-    spec = EvalSpec(tasks=names, limit=limit, bench_data=data, engine=engine)
+    spec = EvalSpec(tasks=names, limit=limit, bench_data=data, chat_template=chat_template, engine=engine)
     orders = stages.foreign_orders(ckpt, spec, store)
     harness = stages.harness_for(spec)
     results, failures = [], []

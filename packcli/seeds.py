@@ -12,7 +12,7 @@ _PURPOSES: tuple[Purpose, ...] = ("init", "pack", "order", "dropout")
 
 
 def rng(seed: int, purpose: Purpose, epoch: int = 0) -> np.random.Generator:
-    """The generator of one purpose in one epoch (epochs count from 0)."""
+    """The generator of one purpose in one epoch, counted from 0 (for `dropout`: in one step)."""
     return np.random.default_rng([seed, _PURPOSES.index(purpose), epoch])
 
 

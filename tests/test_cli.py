@@ -28,7 +28,8 @@ SELECTING = {"--only", "--set", "--runs", "--json", "--help"}
 OPTIONS = {
     "prepare": SELECTING,
     "train": SELECTING,
-    "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"},
+    "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"}
+    | {"--chat-template", "--no-chat-template"},
     "sweep": SELECTING | {"--on", "--dry-run"},
     "status": SELECTING,
     "report": SELECTING | {"--format"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from packcli import packing, stages
 from packcli.config import ARMS, ArmSpec, ModelSpec, TrainSpec
@@ -378,6 +379,31 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(tiny: Data) 
     )
     assert one == other
     assert not tiny.store.checkpoints("interrupted")
+
+
+def test_a_resumed_run_drops_the_same_activations_as_an_uninterrupted_one(tiny: Data) -> None:
+    whole = tiny.train_order("best_fit", "dropout-whole", save_every=3)
+    config = {**LLAMA, "attention_dropout": 0.3}
+    whole = whole.model_copy(update={"model": ModelSpec(config=config, tokenizer="train", vocab_size=600)})
+    stages.train(whole, tiny.store)
+    note = stop_after(4)
+    broken = whole.model_copy(update={"id": "dropout-broken"})
+    with pytest.raises(note.error):  # type: ignore[attr-defined]
+        stages.train(broken, tiny.store, note)
+    stages.train(broken, tiny.store)
+    assert files(tiny.store.final("dropout-broken")) == files(tiny.store.final("dropout-whole"))
+
+
+def test_a_run_from_a_checkpoint_directory_starts_from_its_weights(tiny: Data) -> None:
+    first = tiny.train_order("best_fit", "pretrained")
+    stages.train(first, tiny.store)
+    final = tiny.store.final("pretrained")
+    order = tiny.train_order("best_fit", "fine-tuned", lr=1e-9, steps=1)
+    order = order.model_copy(update={"model": ModelSpec(name=str(final))})
+    manifest = stages.train(order, tiny.store)
+    assert manifest.results["random_weights"] is False
+    one, other = (load_file(path / "model.safetensors") for path in (final, tiny.store.final("fine-tuned")))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
 def test_a_changed_checkpoint_is_refused_and_an_unfinished_one_ignored(tiny: Data) -> None:

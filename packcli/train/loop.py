@@ -69,7 +69,6 @@ def train(
     model = load.load(order.model, base, tokenizer, order.max_length, order.seed)
     isolation = probe.isolation(model.to(processes.device), arm, len(tokenizer)) if arm.layout != "pad" else None
     model = distributed.shard(model, processes)
-    torch.manual_seed(integer(order.seed, "dropout") + processes.rank)
     adamw = optim.optimizer(model, spec, fused=processes.world == 1)
     model.train()
 
@@ -88,6 +87,8 @@ def train(
         for step in range(progress.step, len(steps)):
             started, cpu_started = time.perf_counter(), time.process_time()
             chosen = steps[step]
+            # Seeded by the step, so that a resumed run drops what an uninterrupted one does.
+            torch.manual_seed(integer(order.seed, "dropout", step) + processes.rank)
             supervised = int(rows.supervised[chosen].sum())
             micro_batches = batches.share(chosen, processes.rank, processes.world, spec.micro_batch)
             slots, total = 0, torch.zeros((), device=processes.device)
