@@ -29,7 +29,7 @@ OPTIONS = {
     "prepare": SELECTING,
     "train": SELECTING,
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"}
-    | {"--chat-template", "--no-chat-template"},
+    | {"--chat-template"},
     "sweep": SELECTING | {"--on", "--dry-run"},
     "status": SELECTING,
     "report": SELECTING | {"--format"},
