@@ -458,7 +458,7 @@ def test_weights_that_do_not_match_their_config_are_refused(tiny: Data, tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="do not match their config"):
+    with pytest.raises(ConfigError, match="do not match its config"):
         load.load(ModelSpec(name=str(tmp_path)), None, tiny.tokenizer, MAX_LENGTH, 0)
 
 

@@ -29,7 +29,9 @@ def read(checkpoint: Path | str, *, chat_template: bool) -> tuple[Any, Any]:
     stops = []
     if chat_template:
         stops = tokenizer.encode(prompts.end_of_turn(tokenizer), add_special_tokens=False)[-1:]
-    model = _read_model(source)
+    from packcli.model.load import pretrained
+
+    model = pretrained(source, dtype="auto").eval()
     num_tokens, num_rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if num_tokens > num_rows:
         raise ConfigError(
@@ -67,35 +69,10 @@ def _read_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _unloadable(source, "tokenizer", error) from error
-
-
-def _read_model(source: str) -> Any:
-    """A model without a key missing, left over or of another shape."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _unloadable(source, "model", error) from error
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if keys := sorted(str(key) for key in loading.get(problem, ())):
-            raise ConfigError(
-                f"checkpoint `{source}`: weights do not match its config; "
-                f"{len(keys)} {problem.replace('_', ' ')}, first `{keys[0]}`",
-                "use the weights and the config of the same save",
-            )
-    return model.eval()
-
-
-def _unloadable(source: str, part: str, error: BaseException) -> ConfigError:
-    return ConfigError(
-        f"cannot load the {part} of checkpoint `{source}`: {first_line(error)}",
-        "give a directory with config, safetensors weights and tokenizer, or a reachable Hugging Face id",
-    )
+        raise ConfigError(
+            f"cannot load the tokenizer of checkpoint `{source}`: {first_line(error)}",
+            "give a directory with config, safetensors weights and tokenizer, or a reachable Hugging Face id",
+        ) from error
 
 
 def _decode_greedily(model: Any, tokenizer: Any, stops: Sequence[int]) -> None:

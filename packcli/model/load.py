@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +29,12 @@ def load(model: ModelSpec, base: Path | None, tokenizer: Any, max_length: int, s
     if base is None and model.config is not None:
         loaded = _from_config(model.config, tokenizer, seed)
     else:
-        loaded = _from_checkpoint(str(base) if base else str(model.name), None if base else model.revision)
+        loaded = pretrained(
+            str(base or model.name),
+            revision=None if base else model.revision,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME,
+        )
     if (rows := loaded.get_input_embeddings().weight.shape[0]) < len(tokenizer):
         raise ConfigError(
             f"the model embeds {rows:,} tokens, the tokenizer has {len(tokenizer):,}",
@@ -58,30 +64,37 @@ def _from_config(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         raise ConfigError(f"`model.config` makes no causal model: {reason}", "see docs/sweep_file.md") from None
 
 
-def _from_checkpoint(name: str, revision: str | None) -> Any:
+def pretrained(source: str, *, revision: str | None = None, **options: Any) -> Any:
+    """A checkpoint directory's or hub id's model, without a key missing, left over or of another shape.
+
+    Safetensors only, and no code of the checkpoint's own. `options` go to `from_pretrained`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its weights do not match its config.
+    """
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            name,
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
             revision=revision or "main",
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
+            trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"cannot load model `{name}`: {reason}", "check `model.name`: a checkpoint directory or a hub id"
-        ) from None
-    wrong = [
-        key for part in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(part) or ()
-    ]
-    if wrong:
-        listed = ", ".join(str(key) for key in wrong[:4])
-        raise ConfigError(
-            f"the weights in `{name}` do not match their config: {len(wrong)} keys differ ({listed})",
-            "use the config the weights were saved with",
-        )
-    return loaded
+            f"cannot load the model of checkpoint `{source}`: {lines[0]}",
+            "give a directory with config, safetensors weights and tokenizer, or a reachable Hugging Face id",
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(str(key) for key in loading.get(problem, ())):
+            raise ConfigError(
+                f"checkpoint `{source}`: weights do not match its config; "
+                f"{len(keys)} {problem.replace('_', ' ')}, first `{keys[0]}`",
+                "use the weights and the config of the same save",
+            )
+    return model
 
 
 def save(model: Any, state: dict[str, Any], tokenizer: Any, stops: list[int], dtype: str, path: Path) -> None:
