@@ -167,6 +167,36 @@ def test_ctrl_c_exits_130_and_leaves_no_process(tmp_path: Path) -> None:
     assert survivors(tmp_path) == []
 
 
+def _training(runs: Path) -> int | None:
+    """The process that trains an arm from the finished base, by the lock it holds."""
+    for metrics in (runs / "store" / "train").glob("*/metrics.jsonl"):
+        run = metrics.parent
+        if not (run / "manifest.json").exists() and "base: null" not in (run / "config.yaml").read_text():
+            return int((run / ".lock").read_text())
+    return None
+
+
+def test_a_worker_that_dies_fails_its_own_run_and_no_other(uninterrupted: Path, tmp_path: Path) -> None:
+    """Out of memory, mostly: the sweep finishes the rest, says which run was lost, and takes it up again."""
+    process = subprocess.Popen(
+        command("sweep", *CUT, "--runs", str(tmp_path)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (holder := _training(tmp_path)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(holder, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 7
+    assert "the process died (signal 9" in stderr
+    assert "best_fit" in stdout
+    packcli("sweep", *CUT, "--runs", str(tmp_path))
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
 @pytest.fixture
 def real_sweep(tmp_path: Path) -> Path:
     if not SHARED.is_dir():
