@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from packcli.files import read_jsonl
@@ -171,7 +172,7 @@ def _training(runs: Path) -> int | None:
     """The process that trains an arm from the finished base, by the lock it holds."""
     for metrics in (runs / "store" / "train").glob("*/metrics.jsonl"):
         run = metrics.parent
-        if not (run / "manifest.json").exists() and "base: null" not in (run / "config.yaml").read_text():
+        if not (run / "manifest.json").exists() and yaml.safe_load((run / "config.yaml").read_text())["base"]:
             return int((run / ".lock").read_text())
     return None
 
