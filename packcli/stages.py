@@ -253,9 +253,10 @@ def evaluate(
         try:
             with store.writing("eval", order.id):
                 result, samples = results.take(order, todo[number:])
-                yield order, _commit_scores(order, store, result, samples)
+                outcome: Manifest | PackcliError = _commit_scores(order, store, result, samples)
         except PackcliError as error:
-            yield order, error
+            outcome = error
+        yield order, outcome
 
 
 class _Scores:
@@ -333,12 +334,19 @@ def open_tokens(store: Store, manifest: Manifest) -> Any:
 
 
 def _upstream(store: Store, kind: Kind, id_: str) -> Manifest:
+    """A stage that must be done, its files all there in full length.
+
+    Raises:
+        ConfigError: it is not done.
+        IntegrityError: a file of it is missing or short.
+    """
     manifest = store.manifest(kind, id_)
     if manifest is None:
         command = {"tokens": "prepare", "index": "prepare", "train": "train", "eval": "eval"}[kind]
         raise ConfigError(
             f"{kind} {id_} is missing", f"run `packcli {command} SWEEP` first, or `packcli sweep SWEEP`"
         )
+    store.check_sizes(manifest)
     return manifest
 
 

@@ -422,6 +422,15 @@ def test_a_changed_checkpoint_is_refused_and_an_unfinished_one_ignored(tiny: Dat
         stages.train(order, tiny.store)
 
 
+def test_a_short_shard_is_refused_before_training(tmp_path: Path) -> None:
+    data = Data(tmp_path, "tiny", 30)
+    order = data.train_order("padding", "short")
+    shard = data.store.shard("tokens", 0)
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(IntegrityError, match=r"shard-00000\.arrow: [\d,]+ bytes, not"):
+        stages.train(order, data.store)
+
+
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_documents(tiny: Data) -> None:
     order = tiny.train_order("padding", "diverged", lr=1e30, clip=None, warmup_ratio=0)
     with pytest.raises(RunError, match=r"step \d+: loss .*Documents: tiny:\d+"):
