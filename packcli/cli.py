@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import orjson
 import typer
 
-from packcli import log
+from packcli import __version__, log
 from packcli.errors import ConfigError, PackcliError
 
 if TYPE_CHECKING:
@@ -52,7 +52,23 @@ def _open(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Pat
     from packcli.store import Store
 
     store = Store(runs)
+    store.check(writable=False)
     return stages.make_plan(sweepfile.load(sweep, sets or (), only or ()), store), store
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"packcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Should I pack or pad my fine-tuning data, how, and what does it cost?"""
 
 
 @app.command()
@@ -64,7 +80,6 @@ def prepare(
     from packcli.report import ledger
 
     plan, store = _open(sweep, set_, only, runs)
-    store.write_plan(plan)
     failures = local.run(plan, store, [("index", id_) for id_ in plan.indexes])
     document = ledger.collect(plan, store)
     if json:
@@ -97,7 +112,7 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stages.train_together([plan.trains[id_] for kind, id_ in closure(plan, targets) if kind == "train"], store)
     else:
-        store.write_plan(plan)
+        stages.preflight(plan, store)
         failures = local.run(plan, store, targets)
     if os.environ.get("RANK", "0") == "0":
         _report(plan, store, "json" if json else "table")
@@ -141,7 +156,10 @@ def evaluate(
                 Failure(("eval", order.id), f"{order.task}: {outcome}", outcome.fix, outcome.exit_code)
             )
     document = {"checkpoint": ckpt, "results": results, "not_run": {f.cause: f.fix for f in failures}}
-    _print(document) if json else _show(scores.table(results))
+    if json:
+        _print(document)
+    elif results:
+        _show(scores.table(results))
     _finish(failures)
 
 
@@ -158,15 +176,19 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Do all that is missing of a sweep, in dependency order, then print the table."""
+    from packcli import stages
     from packcli.launch import local
     from packcli.report import status as statuses
 
     plan, store = _open(sweep, set_, only, runs)
     if dry_run:
+        for problem in stages.preflight(plan, store):
+            log.logger.warning("warning: %s", problem.cause)
         document = statuses.dry_run(plan, store)
         _print(document) if json else _show(statuses.table(document))
         return
-    store.write_plan(plan)
+    for problem in stages.preflight(plan, store):
+        log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)
     failures = local.run(plan, store, plan.stages())
     _report(plan, store, "json" if json else "table")
     _finish(failures)
@@ -202,7 +224,7 @@ def report(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A stage directory or checkpoint of ours.")],
 ) -> None:
-    """Check every file of a store or checkpoint directory against its manifest."""
+    """Check every file of a store, a stage directory or a checkpoint against its manifest."""
     from packcli.store import verify as verify_directory
 
     typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
@@ -238,7 +260,7 @@ def _show(renderable: Any) -> None:
 
     console = Console()
     # Into a file or a pipe there is no width to respect: let no column be cut.
-    Plain(width=max(console.width, 140) if not console.is_terminal else None).print(renderable)
+    Plain(width=None if console.is_terminal else max(console.width, 140)).print(renderable)
 
 
 def _finish(failures: Iterable[Any]) -> None:

@@ -5,6 +5,7 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,7 @@ class _FileHashes:
         self._path = store.fingerprints_file()
         try:
             self._known: dict[str, Any] = read_json(self._path)
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             self._known = {}
         self._changed = False
 
@@ -124,7 +125,9 @@ class _FileHashes:
 
     def save(self) -> None:
         if self._changed:
-            write_json(self._path, self._known)
+            # Only a cache: a finished run directory that cannot be written is still read.
+            with contextlib.suppress(PermissionError):
+                write_json(self._path, self._known)
 
 
 # The stages --------------------------------------------------------------------------------------------
@@ -357,6 +360,30 @@ def _same_tokenizer(store: Store, source: Manifest, base: Manifest) -> None:
             f"base {base.id} was trained with another tokenizer than tokens {source.id}",
             f"delete {store.directory('train', base.id)} and run again",
         )
+
+
+def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
+    """What is known to fail before anything runs: models no config describes, benchmark files not there.
+
+    The first kind is raised, because nothing could be trained; the second returned: the rest can run.
+
+    Raises:
+        ConfigError: `model.config` makes no model, or its context is shorter than the rows.
+    """
+    todo = [order for order in plan_.trains.values() if store.state("train", order.id) != "done"]
+    if any(order.model.config is not None for order in todo):
+        from packcli.model import configs
+
+        for order in todo:
+            if order.model.config is not None:
+                configs.check_context(configs.build(order.model.config), order.max_length)
+    missing: dict[str, PackcliError] = {}
+    for scoring in plan_.evals.values():
+        try:
+            protocol.check_files(scoring.task, _bench_data(scoring.eval))
+        except PackcliError as error:
+            missing[scoring.task] = error
+    return list(missing.values())
 
 
 # Before it runs ----------------------------------------------------------------------------------------

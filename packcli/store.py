@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from packcli import __version__
 from packcli.config import Spec
-from packcli.errors import IntegrityError, PackcliError, PreemptedError, RunError
+from packcli.errors import ConfigError, IntegrityError, PackcliError, PreemptedError, RunError
 from packcli.files import locked, read_json, sha256_file, write_json
 from packcli.plan import VERSIONS, Kind, Plan
 
@@ -61,6 +61,14 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def check(self, *, writable: bool) -> None:
+        """Raise `ConfigError` when the run directory cannot be one, or cannot be written."""
+        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"`{there}` is a file, not a run directory", "choose another with --runs")
+        if writable and not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"no permission to write in `{there}`", "choose another run directory with --runs")
 
     def sweep(self, name: str) -> Path:
         return self.root / name
@@ -227,20 +235,31 @@ def records(directory: Path) -> dict[str, FileRecord]:
 
 
 def verify(directory: Path) -> int:
-    """Check every file of a stage or checkpoint directory against its manifest; how many were checked.
+    """Check every file of a directory against the manifest that vouches for it; how many were checked.
+
+    A stage or checkpoint directory, a part of one (`final/`), or a store of many.
 
     Raises:
+        ConfigError: no such directory.
         IntegrityError: no manifest, or a file that is missing, short or changed.
     """
-    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise ConfigError(f"no directory `{directory}`", "name a directory below runs/store")
+    home = next((path for path in (directory, *directory.absolute().parents) if (path / MANIFEST).exists()), None)
+    if home is None:
+        stages = sorted(path.parent for path in directory.rglob(MANIFEST))
+        if not stages:
+            hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
+            raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint)
+        return sum(map(verify, stages))
+    path = home / MANIFEST
     try:
         outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)["outputs"].items()}
-    except FileNotFoundError:
-        hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
-        raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise IntegrityError(f"{path}: not a manifest", f"delete {directory} and run again") from None
-    _check(directory, outputs, checksums=True)
+        raise IntegrityError(f"{path}: not a manifest", f"delete {home} and run again") from None
+    inside = directory.absolute()
+    outputs = {name: record for name, record in outputs.items() if (home.absolute() / name).is_relative_to(inside)}
+    _check(home, outputs, checksums=True)
     return len(outputs)
 
 

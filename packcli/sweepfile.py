@@ -146,9 +146,9 @@ def _apply_sets(
             raise ConfigError(f"`--set {item}` is not key=value", "for example --set train.lr=1e-5")
         if key in matrix:
             raise ConfigError(f"`--set {key}`: it is an axis of the matrix", f"choose with --only {key}=VALUE")
-        _check_path(key, ("--set",), problems)
-        _set(base, key, parse(f"value: {text}", f"--set {key}")[0]["value"])
-        fixed.add(key)
+        if _check_path(key, ("--set",), problems):
+            _set(base, key, parse(f"value: {text}", f"--set {key}")[0]["value"])
+            fixed.add(key)
     return frozenset(fixed)
 
 
@@ -184,6 +184,7 @@ def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems)
         axis: [_value(value, ("matrix", axis, str(index)), lines) for index, value in enumerate(values)]
         for axis, values in matrix.items()
     }
+    _check_exclude(document.get("exclude") or [], axes, problems)
     cells = [
         cell
         for cell in (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
@@ -204,6 +205,18 @@ def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems)
     if not cells:
         problems.add(("matrix",), "the matrix leaves no cell")
     yield from cells
+
+
+def _check_exclude(entries: list[dict[str, Any]], axes: Mapping[str, list[Value]], problems: Problems) -> None:
+    """An entry that can match nothing is a typo, and the cells it was to drop would run."""
+    for index, entry in enumerate(entries):
+        for axis, value in entry.items():
+            path = ("exclude", str(index), str(axis))
+            if axis not in axes:
+                problems.unknown(path, str(axis), list(axes))
+            elif value not in [item.value for item in axes[axis]]:
+                labels = ", ".join(item.label for item in axes[axis])
+                problems.add(path, f"`exclude`: axis `{axis}` has no value `{value}`; it has {labels}")
 
 
 def _matches(cell: Mapping[str, Value], entry: Mapping[str, Any]) -> bool:
@@ -248,6 +261,11 @@ def _cell(
     name = raw["model"].get("name")
     if isinstance(name, str) and (block := preset(name)) is not None:
         raw["model"] = _merged(block, raw["model"])
+    elif name is not None and raw["model"].get("config") is not None:
+        problems.add(
+            ("model", "config"), "`model.config` means random weights, `model.name` a checkpoint: give one"
+        )
+        return None
     try:
         return CellSpec.model_validate(raw)
     except ValidationError as error:
@@ -297,20 +315,21 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
-def _check_path(dotted: str, marked: tuple[str, ...], problems: Problems) -> None:
-    """Say so when a dotted key of the matrix or `--set` is no key of the schema."""
+def _check_path(dotted: str, marked: tuple[str, ...], problems: Problems) -> bool:
+    """Whether a dotted key of the matrix or `--set` is a key of the schema; says so when it is not."""
     parts = dotted.split(".")
     if parts[0] not in _SECTIONS:
         near = [f"{section}.{parts[0]}" for section in _SECTIONS if parts[0] in _keys_at((section,))]
         sections = ", ".join(_SECTIONS)
         hint = f"did you mean `{near[0]}`?" if near else f"a dotted key starts with one of {sections}"
         problems.add(marked, f"unknown key `{dotted}`; {hint}")
-        return
+        return False
     for depth, part in enumerate(parts):
         keys = _keys_at(parts[:depth])
         if depth and keys and part not in keys:
             problems.unknown(marked, ".".join(parts[: depth + 1]), keys)
-            return
+            return False
+    return True
 
 
 def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:

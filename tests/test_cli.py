@@ -186,7 +186,46 @@ def test_verify_names_the_file_and_exits_4(run_cli: Run, prepared: Path) -> None
     content[len(content) // 2] ^= 1
     (copy / "shard-00000.arrow").write_bytes(content)
     assert_refused(run_cli("verify", copy, cwd=prepared), 4, "shard-00000.arrow", "sha256 differs")
-    assert_refused(run_cli("verify", prepared, cwd=prepared), 4, "no manifest.json")
+    shutil.rmtree(copy)
+    # A part of a stage, and a store of many, are vouched for too; nothing else is.
+    assert run_cli("verify", directory / "tokenizer", cwd=prepared).code == 0
+    assert run_cli("verify", "runs/store", cwd=prepared).code == 0
+    (prepared / "empty").mkdir()
+    assert_refused(run_cli("verify", "empty", cwd=prepared), 4, "no manifest.json")
+    assert_refused(run_cli("verify", "nowhere", cwd=prepared), 2, "no directory `nowhere`")
+
+
+@pytest.mark.parametrize("command", ["prepare", "sweep", "status", "report"])
+def test_a_run_directory_that_is_a_file_is_no_traceback(run_cli: Run, prepared: Path, command: str) -> None:
+    assert_refused(run_cli(command, "sweep.yaml", "--runs", "sweep.yaml", cwd=prepared), 2, "is a file")
+
+
+def test_a_finished_run_directory_that_cannot_be_written_is_still_read(prepared: Path) -> None:
+    """As root no directory is read-only, so the store is asked directly."""
+    from packcli.errors import ConfigError
+    from packcli.store import Store
+
+    Store(prepared / "runs").check(writable=True)
+    Store(prepared / "runs").check(writable=False)
+    with pytest.raises(ConfigError, match="is a file"):
+        Store(prepared / "sweep.yaml" / "runs").check(writable=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.config.model_type", "lama", "did you mean `llama`?"),
+        ("model.config.hiden_size", "64", "did you mean `hidden_size`?"),
+        ("model.config.num_attention_heads", "5", "not a multiple of the number of attention heads"),
+        ("model.config.max_position_embeddings", "16", "positions for 16 tokens"),
+    ],
+)
+def test_a_mistake_in_a_model_config_is_found_before_anything_runs(
+    run_cli: Run, prepared: Path, key: str, value: str, said: str
+) -> None:
+    for arguments in (("--dry-run",), ()):
+        done = run_cli("sweep", "sweep.yaml", *arguments, "--set", f"{key}={value}", cwd=prepared)
+        assert_refused(done, 2, said)
 
 
 def test_a_stage_held_by_another_process_exits_5(run_cli: Run, tiny_sweep: Sweep, tmp_path: Path) -> None:
@@ -271,7 +310,15 @@ def test_prepare_prints_one_json_document_and_its_ledgers_close(prepared: Path) 
         {"arm": arm, "seed": seed, "train.lr": "0.001"} for arm in ARMS for seed in "01"
     ]
     for cell in document["cells"]:
-        assert cell.keys() == {"cell", "labels", "prepare_id", "tokens_path", "index_path", "ledger"}
+        assert cell.keys() == {
+            "cell",
+            "labels",
+            "prepare_id",
+            "tokens_path",
+            "index_path",
+            "rejected_path",
+            "ledger",
+        }
         assert (prepared / cell["tokens_path"] / "manifest.json").is_file()
         assert (prepared / cell["index_path"]).name == cell["prepare_id"]
         ledger = cell["ledger"]

@@ -230,14 +230,14 @@ def test_a_file_that_no_schema_fits_names_its_fields_and_what_is_accepted(tmp_pa
     ("record", "reason"),
     [
         ({"messages": []}, "`messages` is empty"),
-        ({"messages": None}, "`messages` is empty"),
+        ({"messages": None}, "`messages` is missing"),
         ({"messages": "hi"}, "`messages` is not a list"),
         ({"messages": ["hi"]}, "`messages[0]` is not an object"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role `tool`"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "the text is list"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n"}]}, "is empty"),
-        ({"other": 1}, "`messages` is empty"),
+        ({"other": 1}, "`messages` is missing"),
         (3, "the record is not an object"),
     ],
 )

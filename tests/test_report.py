@@ -269,7 +269,7 @@ def test_an_interval_over_zero_is_called_the_same(make: Make) -> None:
     assert "no difference shown for `best_fit` [" in verdict
     assert "interval covers 0" in verdict
     effect = f"{100 * group.detectable:.1f} points"
-    assert f"the smallest effect this sweep could have seen is {effect}" in verdict
+    assert f"this sweep would have seen a true one of {effect} 4 times in 5" in verdict
     assert "the same" not in verdict.replace("the same test items", "")
 
 

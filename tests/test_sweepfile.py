@@ -406,3 +406,18 @@ def test_a_resolved_sweep_survives_its_own_file(load_text: Load) -> None:
     spec = load_text(SWEEP + "  seed: [0, 1]\n  train.lr: [1e-5]\n")
     assert SweepSpec.model_validate_json(spec.model_dump_json()) == spec
     assert len(spec.cells) == len(list(itertools.product(*spec.axes.values())))
+
+
+def test_an_exclude_that_can_match_nothing_is_a_typo_and_not_a_cell_that_runs(
+    load_text: Callable[..., SweepSpec],
+) -> None:
+    text = SWEEP + "exclude: [{arm: paddng}, {train.lrr: 1}]\n"
+    with pytest.raises(ConfigError) as caught:
+        load_text(text)
+    assert "axis `arm` has no value `paddng`" in caught.value.cause
+    assert "unknown key `train.lrr`" in caught.value.cause
+
+
+def test_a_checkpoint_and_random_weights_at_once_are_refused(load_text: Callable[..., SweepSpec]) -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        load_text(SWEEP, sets=["model.name=some/checkpoint"])

@@ -99,7 +99,8 @@ def conversation(record: Any, schema: Schema) -> Messages:
 
 def _turns(turns: Any, field: str, role_key: str, text_key: str) -> Messages:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise Rejected(f"`{field}` is not a list of turns" if turns else f"`{field}` is empty")
+        what = "missing" if turns is None else "not a list of turns" if turns else "empty"
+        raise Rejected(f"`{field}` is {what}")
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping):

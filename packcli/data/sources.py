@@ -136,7 +136,11 @@ def _json(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _reason(error: orjson.JSONDecodeError) -> str:
-    return f"{error.msg.partition(':')[0]} (column {error.colno})"
+    message = error.msg.partition(":")[0]
+    if "UTF-8" in message or "utf-8" in message:
+        return "it is not UTF-8 text; save the file as UTF-8"
+    # At the end of the data orjson counts from the start again.
+    return message if "end of data" in message else f"{message} (column {error.colno})"
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:

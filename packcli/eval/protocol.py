@@ -141,7 +141,7 @@ def check_files(task: str, bench_data: Path | None) -> None:
         except OSError:
             raise MissingError(
                 f"task `{task}` needs the benchmark file `{path}`, which is not there",
-                f"point `--bench-data` at the directory that holds `{file.path}`",
+                f"point `--bench-data` (in a sweep `eval.bench_data`) at the directory that holds `{file.path}`",
             ) from None
         rows, sha256 = _content(path, status.st_size, status.st_mtime_ns, status.st_ino)
         if (rows, sha256) != (file.rows, file.sha256):

@@ -80,6 +80,9 @@ def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
     jobs = _jobs(plan, [stage for stage in stages if stage not in done])
     if not jobs:
         return []
+    store.check(writable=True)
+    store.write_plan(plan)
+    started = time.monotonic()
     state = _Run(plan, store, jobs, done, total=sum(len(job.ids) for job in jobs))
     count, threads = _workers(plan, jobs)
     log.logger.info(
@@ -87,6 +90,8 @@ def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
     )
     with _pool(store, plan.name, count, threads) as workers, _terminable():
         _schedule(state, workers)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    log.logger.info("finished after %d min %d s", minutes, seconds)
     return state.failures
 
 

@@ -133,7 +133,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _speedup(pairs: Pairs) -> Speedup | None:
-    trained = [(a, b) for a, b in pairs if a.train is not None and b.train is not None]
+    # Times of unlike runs (one of them under torchrun, say) are no ratio of anything.
+    trained = [
+        (a, b)
+        for a, b in pairs
+        if a.train is not None and b.train is not None
+        if (a.train.device, a.train.processes, a.train.threads)
+        == (b.train.device, b.train.processes, b.train.threads)
+    ]
     if not trained:
         return None
     cpu, cpu_range = _ratio(trained, lambda row: row.train.cpu_s if row.train else None)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _BLOCKS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         ("conversations read", "conversations_in"),
-        ("  rejected (see rejected.jsonl)", "conversations_rejected"),
+        ("  rejected", "conversations_rejected"),
         ("  documents", "documents"),
     ),
     (
@@ -54,6 +54,7 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
                 "prepare_id": cell.index,
                 "tokens_path": str(store.directory("tokens", cell.tokens)),
                 "index_path": str(store.directory("index", cell.index)),
+                "rejected_path": str(store.rejected(cell.tokens)),
                 "ledger": manifest.results["ledger"] if manifest else None,
             }
         )
@@ -67,7 +68,11 @@ def table(document: dict[str, Any]) -> Table:
     from rich.table import Table
 
     columns = _columns(document)
-    shown = Table(box=box.SIMPLE_HEAD, caption="One epoch. Of several seeds, the first.", caption_justify="left")
+    caption = "One epoch. Of several seeds, the first."
+    rejecting = (c for c in document["cells"] if c["ledger"] and c["ledger"]["conversations_rejected"])
+    for path in dict.fromkeys(cell["rejected_path"] for cell in rejecting):
+        caption += f"\nRejected conversations, with reasons: {escape(path)}"
+    shown = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     shown.add_column("ledger", no_wrap=True)
     for name, _ in columns:
         shown.add_column(escape(name), justify="right")

@@ -190,10 +190,14 @@ def legend(report: Report) -> list[str]:
     """What the signs in the sheets mean, only those that occur."""
     lines = [
         "rows to efficiency: of one epoch; efficiency = kept tokens / slots. "
-        "useful tokens are document tokens, padded tokens all slots."
+        "useful tokens are document tokens, padded tokens all slots; both rates are by wall time, "
+        "which grows when other work shares the machine (then it is well above CPU time)."
     ]
     if any(group.speedup for group in report.groups):
-        lines.append(f"speed-up, fewer slots: {report.baseline} / the arm, over the seeds both have.")
+        lines.append(
+            f"speed-up, fewer slots: {report.baseline} / the arm, over the seeds both have. "
+            "Not clearly behind: its range over seeds overlaps the fastest arm's."
+        )
     lines += _about_errors([score for group in report.groups for score in group.eval.values()])
     if any(group.interval for group in report.groups):
         lines.append(

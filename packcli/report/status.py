@@ -65,17 +65,25 @@ def table(document: dict[str, Any]) -> Table:
     estimated = "stages" in document["total"]
     for header in ("cell", "prepare", "train", "eval"):
         shown.add_column(header)
+    if not estimated:
+        shown.add_column("train id: its checkpoint is RUNS/store/train/ID/final", no_wrap=True)
     for header in ("rows", "steps", "model FLOPs") if estimated else ():
         shown.add_column(header, justify="right")
     for shared in document["shared"]:
-        shown.add_row("shared base model", "", shared["state"], "", *_costs(shared))
+        where = () if estimated else (shared["train"],)
+        shown.add_row("shared base model", "", shared["state"], "", *where, *_costs(shared))
     for cell in document["cells"]:
         states = [cell["stages"][stage]["state"] for stage in ("prepare", "train", "eval")]
-        shown.add_row(escape(" ".join(cell["labels"].values())), *states, *_costs(cell))
+        if not cell["stages"]["eval"]["tasks"]:
+            states[-1] = "no tasks"
+        where = () if estimated else (cell["stages"]["train"]["id"],)
+        shown.add_row(escape(" ".join(cell["labels"].values())), *states, *where, *_costs(cell))
     counts = document["total"]["stages"] if estimated else document["total"]
-    shown.caption = ", ".join(f"{count} stages {state}" for state, count in sorted(counts.items()))
+    shown.caption = ", ".join(
+        f"{count} {'stage' if count == 1 else 'stages'} {state}" for state, count in sorted(counts.items())
+    )
     if estimated:
-        shown.caption += ". Hours need a measured rate of a cluster: not shown."
+        shown.caption += ". Rows, steps and FLOPs are exact once prepared; no time is guessed."
     return shown
 
 

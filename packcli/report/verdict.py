@@ -109,11 +109,11 @@ def _timing(group: Group, *, cpu: bool) -> _Timing | None:
 def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
     """The fastest arm; by CPU time on CPUs, where it is steadier, else by wall time."""
     cpu = {train.device for train in trains} == {"cpu"}
+    if len({(train.device, train.processes, train.threads) for train in trains}) > 1:
+        return "Speed: runs used unlike devices, processes or threads, so their times are not compared."
     timings = [timing for group in others if (timing := _timing(group, cpu=cpu)) is not None]
     if not timings:
         return f"Speed: no finished training to set against `{baseline}` yet."
-    if len({(train.device, train.processes, train.threads) for train in trains}) > 1:
-        return "Speed: runs used unlike devices, processes or threads, so their times are not compared."
     best, measure = max(timings, key=lambda timing: timing.ratio), "CPU time" if cpu else "wall time"
     arm = f"`{plain(best.group.arm)}`"
     if best.high < 1:
@@ -150,7 +150,8 @@ def _no_difference(groups: list[Group]) -> str:
     covers = "interval covers" if len(arms) == 1 else "intervals cover"
     return (
         f"no difference shown for {words.listed(arms)} ({covers} 0; "
-        f"the smallest effect this sweep could have seen is {words.listed(effects)} points)"
+        f"this sweep would have seen a true one of {words.listed(effects)} points 4 times in 5, "
+        "a smaller one less often)"
     )
 
 

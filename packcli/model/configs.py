@@ -1,0 +1,57 @@
+"""`model.config` as a transformers config, checked before anything is trained on it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from packcli.errors import ConfigError
+
+# Keys of older configs that transformers still reads.
+_EARLIER_NAMES = ("rope_theta", "rope_scaling", "torch_dtype")
+_SEE = "see docs/sweep_file.md and the model's documentation in transformers"
+
+
+def build(config: Mapping[str, Any], **tokens: int | None) -> Any:
+    """The config object; `tokens` are ids such as `pad_token_id` for keys the user left out.
+
+    Raises:
+        ConfigError: an unknown model type or key, or values transformers refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    name = str(config.get("model_type"))
+    if name not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(name, CONFIG_MAPPING_NAMES, n=1)
+        raise ConfigError(
+            f"`model.config.model_type`: transformers has no `{name}`"
+            + (f"; did you mean `{near[0]}`?" if near else ""),
+            _SEE,
+        )
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        known = AutoConfig.for_model(name)
+        keys = {*known.to_dict(), *known.attribute_map, *_EARLIER_NAMES}
+        for key in fields:
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                raise ConfigError(
+                    f"unknown key `model.config.{key}`" + (f"; did you mean `{near[0]}`?" if near else ""), _SEE
+                )
+        return AutoConfig.for_model(name, **{**tokens, **fields})
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"`model.config` makes no {name} model: {reason}", _SEE) from None
+
+
+def check_context(config: Any, max_length: int) -> None:
+    """Raise `ConfigError` when the model has positions for fewer tokens than a row may hold."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context < max_length:
+        raise ConfigError(
+            f"the model has positions for {context:,} tokens, `data.max_length` is {max_length:,}",
+            f"set `data.max_length` to at most {context}",
+        )
