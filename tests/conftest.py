@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,13 @@ MODEL: dict[str, Any] = {
     "tokenizer": "train",
     "vocab_size": 300,
 }
+
+
+def listen_to_ctrl_c() -> None:
+    """For `preexec_fn`: a test run started in the background inherits an ignored SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 ARMS = ("padding", "padding_free", "random", "greedy", "best_fit")
 
 

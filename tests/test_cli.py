@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ARMS, REPO, Done, chat_records, write_lines
+from conftest import ARMS, REPO, Done, chat_records, listen_to_ctrl_c, write_lines
 from typer.main import get_command
 
 from packcli import cli
@@ -434,7 +434,13 @@ def test_a_table_in_a_pipe_is_not_cut(run_cli: Run, prepared: Path) -> None:
 def test_ctrl_c_says_so_exits_130_and_leaves_no_process(tiny_sweep: Sweep, tmp_path: Path) -> None:
     path = tiny_sweep(records=chat_records(4000, turns=20), data={"max_length": 4096})
     command = [sys.executable, "-m", "packcli", "prepare", str(path)]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=listen_to_ctrl_c,
+    ) as process:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "runs").glob("store/tokens/*/.lock")):
             assert time.monotonic() < deadline

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import listen_to_ctrl_c
 from safetensors.torch import load_file
 
 from packcli.files import read_jsonl
@@ -157,6 +158,7 @@ def test_ctrl_c_exits_130_and_leaves_no_process(tmp_path: Path) -> None:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        preexec_fn=listen_to_ctrl_c,
     )
     while not _base_half_trained(tmp_path):
         assert process.poll() is None
