@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
 
 
 def listen_to_ctrl_c() -> None:
-    """For `preexec_fn`: a test run started in the background ignores SIGINT, and its children would inherit that."""
+    """For `preexec_fn`: a test run started in the background ignores SIGINT, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
