@@ -5,20 +5,18 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packcli import estimate as estimates
-from packcli import flops
+from packcli import fingerprints, flops
 from packcli.config import EvalSpec, SweepSpec
-from packcli.data import chat, sources
 from packcli.errors import ConfigError, IntegrityError, PackcliError
 from packcli.estimate import Estimate
 from packcli.eval import protocol
-from packcli.files import digest, read_json, sha256_file, write_json, write_jsonl
+from packcli.files import digest, read_json, write_json, write_jsonl
 from packcli.plan import (
     VERSIONS,
     EvalOrder,
@@ -27,9 +25,7 @@ from packcli.plan import (
     Plan,
     TokensOrder,
     TrainOrder,
-    needed,
     plan,
-    task_key,
 )
 from packcli.store import Manifest, Store
 
@@ -58,76 +54,11 @@ def make_plan(spec: SweepSpec, store: Store) -> Plan:
         for labels, cell in spec.cells
     )
     expanded = spec.model_copy(update={"cells": cells})
-    return plan(expanded, fingerprints(expanded, store))
+    return plan(expanded, fingerprints.fingerprints(expanded, store))
 
 
 def _tasks(spec: EvalSpec) -> tuple[str, ...]:
     return protocol.expand(spec.tasks)
-
-
-def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
-    """One fingerprint for every key `plan` looks up; the only function that makes them."""
-    hashes = _FileHashes(store)
-    evals = {task_key(task, cell.eval): (task, cell.eval) for _, cell in spec.cells for task in cell.eval.tasks}
-    found: dict[str, str] = {}
-    for key in needed(spec):
-        kind, _, value = key.partition(":")
-        match kind:
-            case "data":
-                found[key] = sources.fingerprint(value, hashes.sha256)
-            case "template":
-                found[key] = digest(chat.template_text(value)) if value else "tokenizer"
-            case "tokenizer" | "model":
-                found[key] = _checkpoint(value, hashes, weights=kind == "model")
-            case _:
-                found[key] = _task_fingerprint(*evals[key])
-    hashes.save()
-    return found
-
-
-def _checkpoint(name: str, hashes: _FileHashes, *, weights: bool) -> str:
-    """A local directory by its files; a hub id by its name and revision, which is provisional for a branch."""
-    directory = Path(name)
-    if not directory.is_dir():
-        if name.startswith((".", "/", "~")):
-            raise ConfigError(f"no checkpoint directory `{name}`", "check `model.name` and `model.tokenizer`")
-        return name
-    endings = (".json", ".jinja", ".model", ".txt", *((".safetensors",) if weights else ()))
-    files = sorted(file for file in directory.iterdir() if file.suffix in endings)
-    return digest([[file.name, hashes.sha256(file)] for file in files])
-
-
-def _task_fingerprint(task: str, spec: EvalSpec) -> str:
-    return protocol.fingerprint(
-        task, limit=spec.limit, chat_template=spec.chat_template, bench_data=_bench_data(spec)
-    )
-
-
-class _FileHashes:
-    """sha256 of files, remembered by size, modification time and inode."""
-
-    def __init__(self, store: Store) -> None:
-        self._path = store.fingerprints_file()
-        try:
-            self._known: dict[str, Any] = read_json(self._path)
-        except (OSError, ValueError):
-            self._known = {}
-        self._changed = False
-
-    def sha256(self, file: Path) -> str:
-        stat = file.stat()
-        name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        entry = self._known.get(name)
-        if not entry or entry["key"] != key:
-            entry = self._known[name] = {"key": key, "sha256": sha256_file(file)}
-            self._changed = True
-        return str(entry["sha256"])
-
-    def save(self) -> None:
-        if self._changed:
-            # Only a cache: a finished run directory that cannot be written is still read.
-            with contextlib.suppress(PermissionError):
-                write_json(self._path, self._known)
 
 
 # The stages --------------------------------------------------------------------------------------------
@@ -305,12 +236,12 @@ def harness_for(spec: EvalSpec) -> Harness:
 
 def foreign_orders(checkpoint: str, spec: EvalSpec, store: Store) -> list[EvalOrder]:
     """Orders for a checkpoint that no sweep of ours trained, so that its scores are kept and shared too."""
-    hashes = _FileHashes(store)
-    identity = _checkpoint(checkpoint, hashes, weights=True)
+    hashes = fingerprints.FileHashes(store)
+    identity = fingerprints.checkpoint(checkpoint, hashes, weights=True)
     hashes.save()
     orders = []
     for task in protocol.expand(spec.tasks):
-        id_ = digest({"version": VERSIONS["eval"], "train": identity, "task": _task_fingerprint(task, spec)})
+        id_ = digest({"version": VERSIONS["eval"], "train": identity, "task": fingerprints.scoring(task, spec)})
         orders.append(EvalOrder(id=id_, train=identity, task=task, eval=spec))
     return orders
 

@@ -31,6 +31,7 @@ RANKS = {
     "model": 5,
     "train": 6,
     "eval": 6,
+    "fingerprints": 7,
     "stages": 7,
     "report": 8,
     "launch": 9,

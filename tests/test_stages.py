@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import chat_records, write_lines
 
-from packcli import stages
+from packcli import fingerprints, stages
 from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
 from packcli.eval.harness import TaskResult
@@ -125,14 +125,14 @@ def test_an_input_is_hashed_again_when_it_changes_and_not_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    real = stages.sha256_file
-    monkeypatch.setattr(stages, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    real = fingerprints.sha256_file
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda path: hashed.append(path.name) or real(path))
     store, file = Store(tmp_path / "runs"), write_lines(tmp_path / "x.jsonl", chat_records(3))
     found = []
     for change in (False, False, True, False):
         if change:
             write_lines(file, chat_records(4))
-        hashes = stages._FileHashes(store)
+        hashes = fingerprints.FileHashes(store)
         found.append(hashes.sha256(file))
         hashes.save()
     assert len(hashed) == 2
@@ -144,7 +144,7 @@ def test_a_torn_cache_of_hashes_is_made_anew(tmp_path: Path) -> None:
     for content in (b"", b"{", b"{}"):
         store.fingerprints_file().parent.mkdir(parents=True, exist_ok=True)
         store.fingerprints_file().write_bytes(content)
-        hashes = stages._FileHashes(store)
+        hashes = fingerprints.FileHashes(store)
         assert len(hashes.sha256(file)) == 64
         hashes.save()
 

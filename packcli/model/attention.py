@@ -52,7 +52,7 @@ def forward(
     if segments.equal:
         out = _batched(query, key, value, len(segments.lengths), options)
     else:
-        # Not one call with a dense mask: on a CPU that is slower from 256 slots on, 17 times at 2,048
+        # Not one call with a dense mask: on a CPU that is 2 to 3 times slower at 512 slots, 7 to 13 at 2,048
         # (docs/benchmarks.md), because it computes what it masks away.
         split = (torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value))
         parts = [

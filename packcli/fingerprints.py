@@ -1,0 +1,84 @@
+"""What inputs hash to: data, templates, tokenizers, models, tasks. A plan is made from these and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from packcli.config import EvalSpec, SweepSpec
+from packcli.data import chat, sources
+from packcli.errors import ConfigError
+from packcli.eval import protocol
+from packcli.files import digest, read_json, sha256_file, write_json
+from packcli.plan import needed, task_key
+from packcli.store import Store
+
+
+def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
+    """One fingerprint for every key `plan` looks up; the only function that makes them."""
+    hashes = FileHashes(store)
+    evals = {task_key(task, cell.eval): (task, cell.eval) for _, cell in spec.cells for task in cell.eval.tasks}
+    found: dict[str, str] = {}
+    for key in needed(spec):
+        kind, _, value = key.partition(":")
+        match kind:
+            case "data":
+                found[key] = sources.fingerprint(value, hashes.sha256)
+            case "template":
+                found[key] = digest(chat.template_text(value)) if value else "tokenizer"
+            case "tokenizer" | "model":
+                found[key] = checkpoint(value, hashes, weights=kind == "model")
+            case _:
+                found[key] = scoring(*evals[key])
+    hashes.save()
+    return found
+
+
+def checkpoint(name: str, hashes: FileHashes, *, weights: bool) -> str:
+    """A local directory by its files; a hub id by its name and revision, which is provisional for a branch."""
+    directory = Path(name)
+    if not directory.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise ConfigError(f"no checkpoint directory `{name}`", "check `model.name` and `model.tokenizer`")
+        return name
+    endings = (".json", ".jinja", ".model", ".txt", *((".safetensors",) if weights else ()))
+    files = sorted(file for file in directory.iterdir() if file.suffix in endings)
+    return digest([[file.name, hashes.sha256(file)] for file in files])
+
+
+def scoring(task: str, spec: EvalSpec) -> str:
+    """A task under one protocol."""
+    return protocol.fingerprint(
+        task,
+        limit=spec.limit,
+        chat_template=spec.chat_template,
+        bench_data=Path(spec.bench_data) if spec.bench_data else None,
+    )
+
+
+class FileHashes:
+    """sha256 of files, remembered by size, modification time and inode."""
+
+    def __init__(self, store: Store) -> None:
+        self._path = store.fingerprints_file()
+        try:
+            self._known: dict[str, Any] = read_json(self._path)
+        except (OSError, ValueError):
+            self._known = {}
+        self._changed = False
+
+    def sha256(self, file: Path) -> str:
+        stat = file.stat()
+        name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = self._known.get(name)
+        if not entry or entry["key"] != key:
+            entry = self._known[name] = {"key": key, "sha256": sha256_file(file)}
+            self._changed = True
+        return str(entry["sha256"])
+
+    def save(self) -> None:
+        if self._changed:
+            # Only a cache: a finished run directory that cannot be written is still read.
+            with contextlib.suppress(PermissionError):
+                write_json(self._path, self._known)
