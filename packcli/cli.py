@@ -73,20 +73,133 @@ def root(
 
 @app.command()
 def prepare(
-    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP|DATA",
+            show_default=False,
+            help="A sweep file; with --plan also data.",
+        ),
+    ],
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Read lengths, print what each arm would make of them, write nothing.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="NAME_OR_DIR", help="With --plan DATA: the model's tokenizer."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="With --plan DATA: llama3, chatml, plain or a Jinja file."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=2, help="With --plan DATA: tokens in a row. [default: 4096]")
+    ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option("--show", metavar="N", min=1, help="Print N documents and the rows that hold them."),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", metavar="FILE.svg", help="Draw a few documents laid out by every arm.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write rows as a `datasets` directory.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="K/N", help="Tokenize the K-th of N parts only: for a job array."),
+    ] = None,
+    only: Only = None,
+    set_: Sets = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
 ) -> None:
     """Make the token stores and row indexes of all cells, and print the ledger: where every token went."""
+    from packcli import views
+
+    if views.is_data(what):
+        if not plan_only:
+            raise ConfigError(
+                f"`{what}` is data, not a sweep file",
+                f"see what packing would do with it: `packcli prepare {what} --plan`; or train on it with a sweep: "
+                f"`packcli sweep SWEEP --set data.source={what}`",
+            )
+        if only or set_ or export or part:
+            raise ConfigError(
+                "--only, --set, --export and --part need a sweep file", "see `packcli prepare --help`"
+            )
+        asked = views.data_plan(what, tokenizer, template, max_length or 4096)
+        _look(asked, tokenizer or views.OWN_TOKENIZER, show, draw, json)
+        return
+    if tokenizer or template or max_length:
+        raise ConfigError(
+            "--tokenizer, --template and --max-length are for a data file with --plan",
+            "with a sweep: --set model.tokenizer=..., data.template=..., data.max_length=...",
+        )
+    plan, store = _open(Path(what), set_, only, runs)
+    if plan_only:
+        _look(plan, "that of each cell", show, draw, json)
+    elif part:
+        _prepared_part(plan, store, views.part_of(part), json)
+    else:
+        _prepare(plan, store, show, draw, export, json)
+
+
+def _look(plan: Plan, tokenizer: str, show: int | None, draw: Path | None, json: bool) -> None:
+    import tempfile
+
+    from packcli import views
+    from packcli.report import outlook
+
+    document = views.outlook(plan, tokenizer)
+    _print(document) if json else _show(outlook.render(document))
+    if show or draw:
+        with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
+            sample, store = views.sampled(plan, max(show or 0, 1000 if draw else 0), Path(scratch))
+            _view(sample, store, show, draw, json)
+
+
+def _prepare(
+    plan: Plan, store: Store, show: int | None, draw: Path | None, export: Path | None, json: bool
+) -> None:
+    from packcli import views
     from packcli.launch import local
     from packcli.report import ledger
 
-    plan, store = _open(sweep, set_, only, runs)
     failures = local.run(plan, store, [("index", id_) for id_ in plan.indexes])
     document = ledger.collect(plan, store)
     if json:
         _print(document)
     elif any(cell["ledger"] for cell in document["cells"]):
         _show(ledger.table(document))
+    if not failures:
+        _view(plan, store, show, draw, json)
+        for path in views.export(plan, store, export) if export else []:
+            log.logger.info("exported to %s", path)
     _finish(failures)
+
+
+def _view(plan: Plan, store: Store, show: int | None, draw: Path | None, json: bool) -> None:
+    from packcli import views
+
+    if show and not json:
+        _show(views.show(plan, store, show))
+    if draw:
+        views.draw(plan, store, draw)
+        log.logger.info("drawn: %s", draw)
+
+
+def _prepared_part(plan: Plan, store: Store, part: tuple[int, int], json: bool) -> None:
+    from packcli import views
+
+    made = views.prepare_part(plan, store, part)
+    if json:
+        _print({"part": part[0] + 1, "parts": part[1], "tokens": {id_: {"shards": count} for id_, count in made}})
+        return
+    for id_, count in made:
+        own = len(range(part[0], count, part[1]))
+        typer.echo(f"tokens {id_}: part {part[0] + 1} of {part[1]} is done ({own} of {count} shards)")
+    typer.echo("when all parts are done, `packcli prepare` of the same sweep puts them together")
 
 
 @app.command()
@@ -95,11 +208,12 @@ def train(
 ) -> None:
     """Train the selected cells here; several processes: `torchrun --nproc-per-node N -m packcli train SWEEP`."""
     from packcli import stages
-    from packcli.launch import local, worker
+    from packcli.launch import local
     from packcli.plan import Kind, closure
+    from packcli.processes import die_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        worker.die_with_parent(os.getppid())  # torch's agent starts its workers in sessions of their own
+        die_with_parent(os.getppid())  # torch's agent starts its workers in sessions of their own
     plan, store = _open(sweep, set_, only, runs)
     targets: list[tuple[Kind, str]] = [("train", id_) for id_ in plan.trains]
     missing = [s for s in closure(plan, targets) if s[0] in ("tokens", "index") and store.state(*s) != "done"]

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 
 BatchUnit = Literal["rows", "documents", "tokens"]
+Loss = Literal["token", "document", "row", "micro_batch"]
+Packer = Literal["none", "concat", "next_fit_decreasing", "first_fit_decreasing", "shuffled_first_fit", "best_fit"]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -27,29 +29,50 @@ class LayoutSpec(Spec):
     """How an arm makes rows: all that a row index depends on of it. The words are explained in `ArmSpec`."""
 
     layout: Literal["pad", "padding_free", "pack"]
-    pad_to: Literal["max_length", "none"]
-    packer: Literal["none", "concat", "next_fit_decreasing", "best_fit"]
-    overlong: Literal["truncate", "none"]
+    pad_to: Literal["max_length", "longest", "none"]
+    packer: Packer
+    overlong: Literal["truncate", "drop", "none", "lost"]
+    truncation: Literal["plain", "per_turn"]
+    window: PositiveInt | None
+    workers: PositiveInt
+    remainder: Literal["keep", "drop"]
+    order: Literal["shuffled", "sorted"]
+    repack_each_epoch: bool
+    validation_after_packing: bool
 
 
 class ArmSpec(LayoutSpec):
     """One way of turning documents into rows and rows into a loss.
 
     layout          pad: one document a row. padding_free: the same rows flattened, no padding. pack: several.
-    pad_to          how far a row is filled with padding; `none` only for padding_free.
-    packer          concat: the whole set in shuffled order, cut at row ends (paper, section 3.2 "random").
+    pad_to          how far a row is filled with padding: to max_length; to the longest row of its micro-batch,
+                    rounded up to a multiple of 8; `none` only for padding_free.
+    packer          concat: the documents end to end, cut at row ends (paper, section 3.2 "random").
                     next_fit_decreasing: the paper's "greedy" as its text describes it.
+                    first_fit_decreasing: longest first, into the first row with room.
+                    shuffled_first_fit: in shuffled order, into the first row with room.
                     best_fit: the better of best-fit decreasing and a subset-sum fill.
-    overlong        truncate: a document keeps its first max_length tokens. none: the packer cuts it.
+    overlong        truncate: a document keeps max_length tokens. drop: it is left out. none: the packer cuts it.
+                    lost: as the released "greedy" code loses it (`packing.greedy_released`).
+    truncation      plain: the first max_length tokens. per_turn: source and answer of the turn that does not fit
+                    are both cut, in proportion, and later turns left out (the released code).
+    window          pack so many documents at a time, in file order; unset: the whole set, shuffled.
+    workers         split the set into so many contiguous parts first, as `datasets.map(num_proc=...)` does.
+    remainder       drop: a window's last row is left out unless full, and so is a row without a label. keep: not.
+    order           shuffled: rows in random order. sorted: batches of like length, in random order.
+    repack_each_epoch         pack anew each epoch; unset: rows stay, only their order changes.
+    validation_after_packing  hold out rows, not documents (the released code); its validation loss compares to none.
     attention       document: no token sees another document. causal: it sees all of its row before it.
     positions       reset at each document, or continue through the row.
-    loss            token: sum over supervised tokens / their global count in the step.
+    loss            token: sum over supervised tokens / their global count in the step. document: mean over the
+                    documents that start in the step of each one's token mean. row: mean over rows of token means.
+                    micro_batch: mean of micro-batch means (the released code).
     batch_unit      what train.global_batch counts for this arm; unset: what train.batch_unit says.
     """
 
     attention: Literal["document", "causal"]
     positions: Literal["reset", "continue"]
-    loss: Literal["token"]
+    loss: Loss
     batch_unit: BatchUnit | None = None
 
     @model_validator(mode="after")
@@ -59,7 +82,25 @@ class ArmSpec(LayoutSpec):
         if (self.layout == "padding_free") != (self.pad_to == "none"):
             raise ValueError("`pad_to: none` is what `layout: padding_free` means; they go together")
         if (self.packer == "concat") != (self.overlong == "none"):
-            raise ValueError("only `packer: concat` cuts documents: it takes `overlong: none`, others `truncate`")
+            raise ValueError("only `packer: concat` cuts documents: it takes `overlong: none`, others do not")
+        if (self.packer, self.overlong) != ("first_fit_decreasing", "lost") and self.overlong == "lost":
+            raise ValueError("`overlong: lost` is what the released code does in `packer: first_fit_decreasing`")
+        if self.overlong == "lost" and self.window is None:
+            raise ValueError("`overlong: lost` needs `window`, as the released code packs (1000)")
+        if self.window is not None and self.packer not in ("concat", "first_fit_decreasing"):
+            raise ValueError(
+                "`window` is for `packer: concat` and `first_fit_decreasing`; others pack the whole set"
+            )
+        if self.window is None and self.workers > 1:
+            raise ValueError("`workers` needs a `window`")
+        if (self.remainder == "drop") != (self.packer == "concat" and self.window is not None):
+            raise ValueError("`remainder: drop` is what `packer: concat` does with a `window`, and only then")
+        if self.order == "sorted" and self.layout == "pack":
+            raise ValueError("`order: sorted` is for one document a row: packed rows are all of one length")
+        if self.repack_each_epoch and (self.layout != "pack" or self.window is not None):
+            raise ValueError("`repack_each_epoch` needs a shuffled `layout: pack`, that is, no `window`")
+        if self.truncation == "per_turn" and self.overlong != "truncate":
+            raise ValueError("`truncation: per_turn` needs `overlong: truncate`")
         if self.attention == "causal" and self.layout != "pack":
             raise ValueError("`attention: causal` across documents needs `layout: pack`")
         if self.attention == "causal" and self.positions == "reset":
@@ -76,33 +117,93 @@ class ArmSpec(LayoutSpec):
         return LayoutSpec(**{key: getattr(self, key) for key in LayoutSpec.model_fields})
 
 
+_PLAIN: dict[str, Any] = {
+    "truncation": "plain",
+    "window": None,
+    "workers": 1,
+    "remainder": "keep",
+    "order": "shuffled",
+    "repack_each_epoch": False,
+    "validation_after_packing": False,
+}
 _TRUNCATED = {"overlong": "truncate", "attention": "document", "positions": "reset", "loss": "token"}
 _CROSSING = {"attention": "causal", "positions": "continue", "loss": "token"}
 _PACK: dict[str, Any] = {"layout": "pack", "pad_to": "max_length"}
+# The paper's arms as its released code ran them (LLaMA-Factory fork, 64 preprocessing workers).
+_RELEASED: dict[str, Any] = {"pad_to": "longest", "loss": "micro_batch", "validation_after_packing": True}
+_WINDOWS: dict[str, Any] = {"window": 1000, "workers": 64}
 
-ARMS: dict[str, dict[str, Any]] = {
+_ARMS: dict[str, dict[str, Any]] = {
     "padding": {"layout": "pad", "pad_to": "max_length", "packer": "none", **_TRUNCATED},
     "padding_free": {"layout": "padding_free", "pad_to": "none", "packer": "none", **_TRUNCATED},
+    "sorted": {"layout": "pad", "pad_to": "longest", "packer": "none", "order": "sorted", **_TRUNCATED},
     "random": {**_PACK, "packer": "concat", "overlong": "none", **_CROSSING},
     "greedy": {**_PACK, "packer": "next_fit_decreasing", "overlong": "truncate", **_CROSSING},
     "best_fit": {**_PACK, "packer": "best_fit", **_TRUNCATED},
-}
+    "longalign": {**_PACK, "packer": "shuffled_first_fit", **_TRUNCATED, "loss": "document"},
+    "padding_released": {"layout": "pad", "packer": "none", **_TRUNCATED, "truncation": "per_turn", **_RELEASED},
+    "random_released": {
+        **_PACK, "packer": "concat", "overlong": "none", "remainder": "drop", **_CROSSING, **_WINDOWS, **_RELEASED,
+    },
+    "greedy_released": {
+        **_PACK, "packer": "first_fit_decreasing", "overlong": "lost", **_CROSSING, **_WINDOWS, **_RELEASED,
+    },
+}  # fmt: skip
+ARMS = {name: {**_PLAIN, **fields} for name, fields in _ARMS.items()}
+
+
+class SourceSpec(Spec):
+    """Where conversations come from, and which share of them.
+
+    source      a built-in name, a paper set, a path (file, directory, glob; relative to where packcli runs) or a
+                Hugging Face dataset id.
+    subset, split, revision   of a Hugging Face dataset; `split` defaults to `train`.
+    streaming   read a Hugging Face dataset over the network without keeping it.
+    mapping     the field packcli knows -> the name it has in the data; unset: what `data.mapping` says.
+    weight      how often each conversation is used: 0.25 draws a quarter of them, 2 takes each twice. Which are
+                drawn is decided by their content.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    mapping: dict[str, str] | None = None
+    weight: PositiveFloat = 1.0
+
+
+Source = Annotated[str, Field(min_length=1)] | SourceSpec
 
 
 class DataSpec(Spec):
-    """`source`: a built-in name, or a path, directory or glob (relative to where packcli runs), or a list."""
+    """`source`: one source, or a list of them, each a string or a block as in `SourceSpec`.
 
-    source: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    train_on     assistant: every assistant turn. last_assistant: the last one only. all: every token.
+    on_error     fail: a line that is no JSON stops. skip: it is rejected and counted, up to `max_errors` of them.
+    processes    that read and tokenize; unset: one a core. Changes no result and enters no id.
+    """
+
+    source: Annotated[str, Field(min_length=1)] | SourceSpec | Annotated[list[Source], Field(min_length=1)]
     max_length: Annotated[int, Field(ge=2, le=1 << 24)]
     validation: Fraction = 0.0
-    train_on: Literal["assistant"] = "assistant"
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     template: str | None = None
     mapping: dict[str, str] | None = None
     max_documents: PositiveInt | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    max_errors: PositiveInt = 100
+    processes: PositiveInt | None = None
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+    def sources(self) -> tuple[SourceSpec, ...]:
+        """Every source as a block, `mapping` filled in."""
+        listed = self.source if isinstance(self.source, list) else [self.source]
+        blocks = [SourceSpec(source=item) if isinstance(item, str) else item for item in listed]
+        return tuple(
+            block.model_copy(update={"mapping": self.mapping}) if block.mapping is None else block
+            for block in blocks
+        )
 
 
 class TrainSpec(Spec):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from io import BufferedWriter
@@ -15,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from packcli.errors import LockedError
+from packcli.errors import LockedError, MissingError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -54,15 +56,45 @@ def atomic_write(path: Path) -> Iterator[BufferedWriter]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        _commit_point(path, "before")
         temporary.replace(path)
         fsync_directory(path.parent)
+        _commit_point(path, "after")
+    except OSError as error:
+        raise _disk_full(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _disk_full(error: OSError, path: Path) -> Exception:
+    """The error a user can act on when a disk or quota is full; any other as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    free = shutil.disk_usage(path.parent).free
+    fix = "free some space, or choose another run directory with --runs; what is finished is kept"
+    return MissingError(f"{path}: the disk is full ({free:,} bytes free)", fix)
+
+
+def _commit_point(path: Path, when: str) -> None:
+    """Where tests kill a process: just before and just after a file gets its final name.
+
+    `PACKCLI_FAULT=log:FILE` appends each point's name to FILE, `kill:NAME` dies at the point of that name.
+    """
+    fault = os.environ.get("PACKCLI_FAULT")
+    if fault is None:
+        return
+    action, _, argument = fault.partition(":")
+    name = f"{path.name}:{when}"
+    if action == "log":
+        with Path(argument).open("a") as log:
+            log.write(f"{name}\n")
+    elif action == "kill" and argument == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory that appears under its name whole or not at all. Replaces an older one."""
+def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A directory that appears under its name whole or not at all. An older one is replaced, or stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -72,9 +104,18 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+        _commit_point(path, "before")
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            temporary.replace(path)
+        except OSError:  # somebody else's is there now
+            if replace or not path.is_dir():
+                raise
         fsync_directory(path.parent)
+        _commit_point(path, "after")
+    except OSError as error:
+        raise _disk_full(error, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from packcli.config import EvalSpec, SweepSpec
-from packcli.data import chat, sources
+from packcli.data import render, sources
 from packcli.errors import ConfigError
 from packcli.eval import protocol
 from packcli.files import digest, read_json, sha256_file, write_json
-from packcli.plan import needed, task_key
+from packcli.plan import needed, source_key, task_key
 from packcli.store import Store
 
 
@@ -19,14 +19,17 @@ def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
     """One fingerprint for every key `plan` looks up; the only function that makes them."""
     hashes = FileHashes(store)
     evals = {task_key(task, cell.eval): (task, cell.eval) for _, cell in spec.cells for task in cell.eval.tasks}
+    blocks = [cell.data for _, cell in spec.cells]
+    blocks += [cell.model.base.data for _, cell in spec.cells if cell.model.base]
+    origins = {source_key(source): source for data in blocks for source in data.sources}
     found: dict[str, str] = {}
     for key in needed(spec):
         kind, _, value = key.partition(":")
         match kind:
             case "data":
-                found[key] = sources.fingerprint(value, hashes.sha256)
+                found[key] = sources.fingerprint(origins[key], hashes.sha256)
             case "template":
-                found[key] = digest(chat.template_text(value)) if value else "tokenizer"
+                found[key] = digest(render.template_text(value)) if value else "tokenizer"
             case "tokenizer" | "model":
                 found[key] = checkpoint(value, hashes, weights=kind == "model")
             case _:

@@ -1,30 +1,35 @@
-"""Document lengths -> rows. Pure: no tokens, no files, no clock; numpy and the standard library.
+"""Document lengths -> rows. Pure: no tokens, no files, no clock; numpy, and scipy on sets that are hard to pack.
 
     one_per_row           every document is its own row (padding, padding_free)
     concat                the whole set end to end in shuffled order, cut at row ends
     next_fit_decreasing   the paper's "greedy" as its text describes it
-    best_fit              the better of best-fit decreasing and a subset-sum fill: what we recommend
+    first_fit_decreasing  longest first, into the first row with room
+    shuffled_first_fit    in shuffled order, into the first row with room
+    best_fit              the best of three ways to fill rows: what we recommend
     lower_bound           no packing of whole documents has fewer rows
 
-The whole-document packers plan on the histogram of lengths ("1,200 rows of 2000 + 1500 + 596") and only then
-name documents: planning costs the same for a hundred thousand of them as for ten million. What becomes of an
-over-long document is decided before; how rows become batches, after.
+Most whole-document packers plan on the histogram of lengths (`patterns`) and only then name documents. What
+becomes of an over-long document is decided before; how rows become batches, after. The packers of the paper's
+released code are in `released`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from packcli import cutting_stock, patterns
+from packcli.patterns import Plan, bounds
 
-# Shifts of a bit set that the subset-sum fill may spend before best-fit decreasing places the rest: 0.2 s at
-# 4,096 tokens (0.4 us each). A shift of a larger set counts once more for each of these bits.
-_FILL_BUDGET = 400_000
-_FILL_BITS_PER_SHIFT = 8192
+Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+
+# Documents that are sorted and gathered at once: they stay in the processor's cache, and need no large arrays.
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Rows:
 
     def tokens(self) -> Ints:
         """Tokens in each row, `[R] int64`."""
-        ends = _bounds(self.stop - self.start)
+        ends = bounds(self.stop - self.start)
         return ends[self.offsets[1:]] - ends[self.offsets[:-1]]
 
 
@@ -96,42 +101,61 @@ def concat(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
 def next_fit_decreasing(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
     """Longest first, one row open at a time: the document that does not fit closes it and opens the next.
 
-    "Greedy packing" as the paper's text describes it; its released code is first-fit decreasing in windows of
-    1,000. Lengths [6, 3, 5, 4] at 10: rows (6), (5, 4), (3); 6 + 4 would fit, but 5 has closed that row.
-    Which of equal documents go where, and the order of rows and within rows, is drawn from `rng`.
+    "Greedy packing" as the paper's text describes it; its released code is in `released`. Lengths [6, 3, 5, 4]
+    at 10: rows (6), (5, 4), (3); 6 + 4 would fit, but 5 has closed that row. Which of equal documents go where,
+    and the order of rows and within rows, is drawn from `rng`.
     """
-    plan = _Plan()
-    node, space = _EMPTY_ROW, max_length
-    for length, left in _longest_first(_histogram(lengths, max_length)):
-        taken = min(left, space // length)
-        if taken:
-            node, space, left = plan.extend(node, length, taken), space - taken * length, left - taken
-        if left:
-            plan.close(node, 1)
-            each = max_length // length
-            full = (left - 1) // each  # the last row stays open even when full
-            if full:
-                plan.close(plan.extend(_EMPTY_ROW, length, each), full)
-            taken = left - full * each
-            node, space = plan.extend(_EMPTY_ROW, length, taken), max_length - taken * length
-    if node != _EMPTY_ROW:
-        plan.close(node, 1)
-    return _materialise(plan, lengths, rng)
+    return _materialise(patterns.next_fit_decreasing(_histogram(lengths, max_length), max_length), lengths, rng)
+
+
+def first_fit_decreasing(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
+    """Longest first, each document into the first row that has room, over the whole set.
+
+    Lengths [6, 3, 5, 4] at 10: rows (6, 4), (5, 3). Which of equal documents go where, and the order of rows and
+    within rows, is drawn from `rng`.
+    """
+    return _materialise(patterns.first_fit_decreasing(_histogram(lengths, max_length), max_length), lengths, rng)
 
 
 def best_fit(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
-    """The better of best-fit decreasing and a subset-sum fill, by number of rows; no document is cut.
+    """The best of best-fit decreasing, a subset-sum fill and a linear programme, by number of rows.
 
     Lengths [5, 4, 4, 3, 2, 2] at 10: best-fit decreasing makes (5, 4), (4, 3, 2), (2); the fill (5, 3, 2),
-    (4, 4, 2). Which of equal documents go where, and the order of rows and within rows, is drawn from `rng`.
+    (4, 4, 2). The second is tried only where the first leaves room for improvement, the third where both do.
+    No document is cut. Which of equal documents go where, and the order of rows and within rows, is drawn from
+    `rng`.
     """
     counts = _histogram(lengths, max_length)
-    bound, plan = _lower_bound(counts, max_length), _best_fit_decreasing(counts, max_length)
+    bound, plan = patterns.lower_bound(counts, max_length), patterns.best_fit_decreasing(counts, max_length)
     # With a tail of short documents best-fit decreasing is within a thousandth of the bound: leave it there.
-    # Without such a tail it was 0.3 to 10% above where tried, the fill mostly below 1%.
-    if (plan.num_rows - bound) * 1000 > bound:
-        plan = min(plan, _subset_sum_fill(counts, max_length), key=lambda plan: plan.num_rows)
+    # Without such a tail it was 0.3 to 10% above where tried, the fill mostly below 1%, but 5% where rows hold two
+    # or three documents each. There the programme is within 0.3%. It needs enough rows to round fractions of.
+    for improved, more_rows, share in ((patterns.subset_sum_fill, 1, 0.001), (cutting_stock.fill, 2, 0.002)):
+        above = plan.num_rows - bound
+        if above >= more_rows and above > share * bound:
+            plan = min(plan, improved(counts, max_length), key=lambda plan: plan.num_rows)
     return _materialise(plan, lengths, rng)
+
+
+def shuffled_first_fit(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
+    """Documents in an order drawn from `rng`, each into the first row opened that has room.
+
+    Close to LongAlign's packing (arXiv 2401.18058), which looks at one open row only. Lengths [6, 3, 5, 4] at 10,
+    drawn in this order: rows (6, 3), (5, 4). The order of rows and within rows is drawn from `rng`, too.
+    """
+    order = rng.permutation(len(_checked(lengths)))
+    row, num_rows = _first_fit(lengths[order].tolist(), max_length)
+    if not num_rows:
+        return one_per_row(lengths)
+    row_of = np.empty_like(row)
+    row_of[order] = rng.permutation(num_rows)[row]
+    document = _shuffled_order(row_of, rng)
+    return Rows(
+        document=document,
+        start=np.zeros(len(document), np.int64),
+        stop=lengths[document],
+        offsets=bounds(np.bincount(row_of)),
+    )
 
 
 def lower_bound(lengths: Ints, max_length: int) -> int:
@@ -139,175 +163,35 @@ def lower_bound(lengths: Ints, max_length: int) -> int:
 
     Lengths [7, 7, 7, 5] at 10: the 26 tokens would fit in 3 rows, but nothing here fits beside a 7, so 4.
     """
-    return _lower_bound(_histogram(lengths, max_length), max_length)
+    return patterns.lower_bound(_histogram(lengths, max_length), max_length)
 
 
-# Plans: how many rows of which lengths. No documents yet.
+def _first_fit(lengths: list[int], max_length: int) -> tuple[Ints, int]:
+    """The row of each document, `[N] int64`, rows counted as they are opened; and how many rows.
 
-_EMPTY_ROW = -1
-_Groups = list[tuple[int, int]]  # (node, rows)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Groups of equal rows as a tree: a node is a row so far (its parent) plus `times` documents of `length`.
-
-    So 5,000 equal rows that take one more document each are one more node. Two rows (6, 4) and one (6) are
-    the nodes 0 = (empty, 6, 1) and 1 = (0, 4, 1), and the groups (node 1, 2 rows) and (node 0, 1 row).
+    The free spaces of the rows are the leaves of a binary tree, and a node has the larger of its two: on the way
+    down, left is taken where there is room. No two rows hold `max_length` or less between them, so there are
+    fewer than 2 * tokens / max_length + 1 of them.
     """
-
-    parent: list[int] = field(default_factory=list)
-    length: list[int] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
-    group_node: list[int] = field(default_factory=list)
-    group_rows: list[int] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.group_rows)
-
-    def extend(self, node: int, length: int, times: int) -> int:
-        self.parent.append(node)
-        self.length.append(length)
-        self.times.append(times)
-        return len(self.parent) - 1
-
-    def close(self, node: int, rows: int) -> None:
-        self.group_node.append(node)
-        self.group_rows.append(rows)
+    leaves = 1 << min(len(lengths), 2 * sum(lengths) // max_length + 1).bit_length()
+    space = [max_length] * (2 * leaves)
+    rows: list[int] = []
+    for length in lengths:
+        node = 1
+        while node < leaves:
+            node += node
+            if space[node] < length:
+                node += 1
+        rows.append(node - leaves)
+        left = space[node] - length
+        while node and space[node] != left:
+            space[node] = left
+            left = max(left, space[node ^ 1])
+            node >>= 1
+    return np.array(rows, np.int64), max(rows, default=-1) + 1
 
 
-def _best_fit_decreasing(counts: Ints, max_length: int, plan: _Plan | None = None) -> _Plan:
-    """Longest first, each document into the fullest row that has room; appended to `plan`, if one is given.
-
-    Rows with equal free space are interchangeable, and a row that has just taken a document is the fullest
-    that may have room for its equal. So all documents of one length go at once: the fullest rows take as many
-    as they hold, then the next. It makes as many rows as going document by document, always.
-    """
-    plan = plan or _Plan()
-    spaces: list[int] = []  # free spaces of open rows, ascending
-    groups: dict[int, _Groups] = {}  # free space -> rows that have it
-    for length, left in _longest_first(counts):
-        placed: list[tuple[int, int, int]] = []  # (free space, node, rows)
-        first = last = bisect_left(spaces, length)
-        while left and last < len(spaces):
-            space = spaces[last]
-            left = _fill_rows(plan, groups[space], space, length, left, placed)
-            if groups[space]:
-                break
-            del groups[space]
-            last += 1
-        del spaces[first:last]
-        each = max_length // length
-        for taken, rows in ((each, left // each), (left % each, 1)):
-            if taken and rows:
-                placed.append((max_length - taken * length, plan.extend(_EMPTY_ROW, length, taken), rows))
-        for space, node, rows in placed:  # only now, lest the loop above meets them
-            if space not in groups:
-                insort(spaces, space)
-                groups[space] = []
-            groups[space].append((node, rows))
-    for space in spaces:
-        for node, rows in groups[space]:
-            plan.close(node, rows)
-    return plan
-
-
-def _fill_rows(
-    plan: _Plan, groups: _Groups, space: int, length: int, left: int, placed: list[tuple[int, int, int]]
-) -> int:
-    """Give the rows with `space` free as many of `left` documents as they hold; how many are left over.
-
-    Rows that took some move from `groups` to `placed`.
-    """
-    each = space // length
-    while left and groups:
-        node, rows = groups.pop()
-        taking = min(rows, -(-left // each))
-        full = min(taking, left // each)
-        for taken, num in ((each, full), (left - full * each, taking - full)):
-            if num:
-                placed.append((space - taken * length, plan.extend(node, length, taken), num))
-                left -= taken * num
-        if taking < rows:
-            groups.append((node, rows - taking))
-    return left
-
-
-def _subset_sum_fill(counts: Ints, max_length: int) -> _Plan:
-    """Start a row with the longest document left, fill it as full as it gets, repeat it while documents last.
-
-    Filling a row is a subset sum over the lengths left, cut short once the row is exactly full: early, while
-    there is much to choose from. When the budget is spent, best-fit decreasing places the rest.
-    """
-    plan, budget = _Plan(), _FILL_BUDGET
-    left = dict(_longest_first(counts))
-    present = sorted(left)  # lengths with documents left
-    while present and budget > 0:
-        longest = present[-1]
-        left[longest] -= 1
-        pattern, shifts = _fullest(present, left, max_length - longest)
-        left[longest] += 1
-        budget -= shifts
-        pattern[longest] = pattern.get(longest, 0) + 1
-        rows = min(left[length] // times for length, times in pattern.items())
-        node = _EMPTY_ROW
-        for length, times in pattern.items():
-            node = plan.extend(node, length, times)
-            left[length] -= rows * times
-            if not left[length]:
-                del present[bisect_left(present, length)]
-        plan.close(node, rows)
-    rest = np.zeros_like(counts)
-    rest[present] = [left[length] for length in present]
-    return _best_fit_decreasing(rest, max_length, plan)
-
-
-def _fullest(present: list[int], left: dict[int, int], space: int) -> tuple[dict[int, int], int]:
-    """The documents (length -> how many) that fill `space` best, and what finding them cost in shifts.
-
-    Bit s of `sums` says that documents seen so far can add up to s. Lengths are seen longest first, and the
-    way back takes the earliest stage that reached the sum: long documents go first, short ones stay for rows
-    where little else fits. n equal documents are offered as 1, 2, 4, ... and the rest.
-    """
-    sums, within = 1, (1 << (space + 1)) - 1
-    stages: list[tuple[int, int, int]] = []  # (sums before, length, how many)
-    index = bisect_left(present, space + 1)
-    while index and not sums >> space:
-        index -= 1
-        length = present[index]
-        many, times = min(left[length], space // length), 1
-        while many:
-            times = min(times, many)
-            stages.append((sums, length, times))
-            sums |= (sums << length * times) & within
-            many, times = many - times, 2 * times
-    total = sums.bit_length() - 1
-    pattern: dict[int, int] = {}
-    for before, length, times in reversed(stages):
-        if not before >> total & 1:
-            pattern[length] = pattern.get(length, 0) + times
-            total -= length * times
-    return pattern, 1 + len(stages) * (1 + space // _FILL_BITS_PER_SHIFT)
-
-
-def _lower_bound(counts: Ints, max_length: int) -> int:
-    """The largest L2 over all thresholds k in 0..max_length // 2, at once from cumulated counts.
-
-    Documents above half a row never share one; those above max_length - k share with nothing of k or more.
-    What the middle (k to half a row) has beyond the room beside the other large ones needs rows of its own.
-    """
-    num_from = np.append(_bounds(counts[::-1])[::-1], 0)  # num_from[n]: documents of n tokens or more
-    tokens_from = np.append(_bounds((counts * np.arange(len(counts)))[::-1])[::-1], 0)
-    half = max_length // 2
-    k = np.arange(half + 1)
-    over = max_length - k + 1
-    room = (num_from[half + 1] - num_from[over]) * max_length - tokens_from[half + 1] + tokens_from[over]
-    middle = tokens_from[k] - tokens_from[half + 1]
-    return int(num_from[half + 1] + np.max(np.maximum(0, -((room - middle) // max_length))))
-
-
-def _materialise(plan: _Plan, lengths: Ints, rng: np.random.Generator) -> Rows:
+def _materialise(plan: Plan, lengths: Ints, rng: np.random.Generator) -> Rows:
     """Name a plan's documents, at random among equal lengths; shuffle the rows, and the documents in each.
 
     A group of n rows of c documents is a table [n, c]; a column holds n documents of one length, consecutive
@@ -316,60 +200,72 @@ def _materialise(plan: _Plan, lengths: Ints, rng: np.random.Generator) -> Rows:
     if not len(lengths):
         return one_per_row(lengths)
     group_rows = np.array(plan.group_rows, np.int64)
-    column_group, column_length = _columns(plan)
+    column_group, column_length = plan.columns()
     by_length = np.argsort(column_length, kind="stable")
     column_place = np.empty_like(column_length)  # where its documents begin among the sorted
-    column_place[by_length] = _bounds(group_rows[column_group[by_length]])[:-1]
-    group_column = _bounds(np.bincount(column_group))
+    column_place[by_length] = bounds(group_rows[column_group[by_length]])[:-1]
+    group_column = bounds(np.bincount(column_group))
 
     shuffled = rng.permutation(plan.num_rows)
     row_group = np.repeat(np.arange(len(group_rows)), group_rows)[shuffled]
-    row_in_group = shuffled - _bounds(group_rows)[row_group]
-    width = np.diff(group_column)[row_group]
-    offsets = _bounds(width)
-    row = np.repeat(np.arange(len(width)), width)
-    column = np.arange(len(row)) + (group_column[row_group] - offsets[:-1])[row]
-    column = _shuffled_within(row, column, rng)
-    place = column_place[column] + row_in_group[row]
-    return Rows(
-        document=_shuffled_within(lengths, np.arange(len(lengths)), rng)[place],
-        start=np.zeros(len(column), np.int64),
-        stop=column_length[column],
-        offsets=offsets,
-    )
+    row_in_group = shuffled - bounds(group_rows)[row_group]
+    offsets = bounds(np.diff(group_column)[row_group])
+
+    column = np.empty(len(lengths), np.int32)  # of each segment
+    for first, last in _blocks(offsets):
+        width = np.diff(offsets[first : last + 1])
+        segment, row = np.arange(offsets[first], offsets[last]), np.repeat(np.arange(first, last), width)
+        inside = segment + np.repeat(group_column[row_group[first:last]] - offsets[first:last], width)
+        key = _keys(row, inside, (len(offsets) - 2, len(column_length) - 1), rng)
+        column[offsets[first] : offsets[last]] = _sorted_items(key, len(column_length) - 1)
+
+    stop = _shuffled_order(lengths, rng)
+    named = stop.astype(np.int32)  # half the memory to gather from; what held it gets new contents below
+    document = np.empty(len(lengths), np.int64)
+    for first, last in _blocks(offsets):
+        at = slice(offsets[first], offsets[last])
+        place = column_place[column[at]] + np.repeat(row_in_group[first:last], np.diff(offsets[first : last + 1]))
+        document[at] = named[place]
+        stop[at] = column_length[column[at]]
+    return Rows(document, np.zeros(len(lengths), np.int64), stop, offsets)
 
 
-def _columns(plan: _Plan) -> tuple[Ints, Ints]:
-    """The group and the length of each document of one row of every group, `[C] int64` both, by group."""
-    parent, length, times, node = map(np.array, (plan.parent, plan.length, plan.times, plan.group_node))
-    group = np.arange(len(node))
-    groups, lengths = [], []
-    while len(node):  # all groups at once, one step towards the root
-        groups.append(np.repeat(group, times[node]))
-        lengths.append(np.repeat(length[node], times[node]))
-        node, above = parent[node], parent[node] != _EMPTY_ROW
-        node, group = node[above], group[above]
-    column_group, column_length = np.concatenate(groups), np.concatenate(lengths)
-    by_group = np.argsort(column_group, kind="stable")
-    return column_group[by_group], column_length[by_group]
+def _blocks(offsets: Ints) -> Iterator[tuple[int, int]]:
+    """Rows first:last, again and again, that hold `_BLOCK` segments or a little more."""
+    ends = np.searchsorted(offsets, np.arange(_BLOCK, offsets[-1] + _BLOCK, _BLOCK))
+    return pairwise(np.unique(np.minimum(np.append(0, ends), len(offsets) - 1)).tolist())
 
 
-def _shuffled_within(major: Ints, item: Ints, rng: np.random.Generator) -> Ints:
-    """`item` ordered by `major`, in random order where that is equal; `[N] int64`, none negative.
+def _shuffled_order(major: Ints, rng: np.random.Generator) -> Ints:
+    """What sorts `major` (none negative), in random order where it is equal, `[N] int64`.
 
-    One sort of the 64-bit keys (major, random bits, item) costs a third of a permutation, a stable sort and
-    their gathers, which miss the cache. Items are distinct, so keys are, and every sort gives the same order.
+    One sort of 64-bit keys costs a third of a permutation, a stable sort and their gathers, which miss the cache.
     """
-    major_bits, item_bits = (max(1, int(x.max()).bit_length()) for x in (major, item))
+    top, last = int(major.max()), len(major) - 1
+    key = np.empty(len(major), np.uint64)
+    for first in range(0, len(major), _BLOCK):
+        part = slice(first, min(first + _BLOCK, len(major)))
+        key[part] = _keys(major[part], np.arange(part.start, part.stop), (top, last), rng)
+    return _sorted_items(key, last)
+
+
+def _keys(major: Ints, item: Ints, tops: tuple[int, int], rng: np.random.Generator) -> Keys:
+    """(major, random bits, item) as one number each; `tops` are the largest of all. Distinct, as items are."""
+    major_bits, item_bits = (max(1, top.bit_length()) for top in tops)
     noise_bits = 64 - major_bits - item_bits  # 27 for ten million documents of up to 4,096 tokens
-    assert noise_bits >= 0, (major_bits, item_bits)
+    assert noise_bits >= 0, tops
     key = rng.integers(0, 1 << noise_bits, len(item), dtype=np.uint64)
     key <<= np.uint64(item_bits)
-    key |= item.astype(np.uint64)
-    key |= major.astype(np.uint64) << np.uint64(64 - major_bits)
+    key |= item.view(np.uint64)
+    key |= major.view(np.uint64) << np.uint64(64 - major_bits)
+    return key
+
+
+def _sorted_items(key: Keys, top: int) -> Ints:
+    """The items of `_keys` in the order of the keys, which are overwritten."""
     key.sort()
-    key &= np.uint64((1 << item_bits) - 1)
-    return key.astype(np.int64)
+    key &= np.uint64((1 << max(1, top.bit_length())) - 1)
+    return key.view(np.int64)
 
 
 def _checked(lengths: Ints) -> Ints:
@@ -384,16 +280,3 @@ def _histogram(lengths: Ints, max_length: int) -> Ints:
     counts = np.bincount(_checked(lengths), minlength=max_length + 1)
     assert len(counts) == max_length + 1, f"{len(counts) - 1} tokens: the over-long policy runs first"
     return counts
-
-
-def _longest_first(counts: Ints) -> list[tuple[int, int]]:
-    """(length, number of documents) for the lengths that occur."""
-    lengths = np.flatnonzero(counts)[::-1]
-    return list(zip(lengths.tolist(), counts[lengths].tolist(), strict=True))
-
-
-def _bounds(sizes: Ints) -> Ints:
-    """Where consecutive runs of these sizes begin, and where the last ends: [3, 2] -> [0, 3, 5]."""
-    bounds = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=bounds[1:])
-    return bounds

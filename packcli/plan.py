@@ -16,19 +16,22 @@ from packcli.config import (
     ARMS,
     TRAIN_EXECUTION_KEYS,
     ArmSpec,
+    BatchUnit,
     CellSpec,
     DataSpec,
     EvalSpec,
     LayoutSpec,
     ModelSpec,
+    SourceSpec,
     Spec,
     SweepSpec,
     TrainSpec,
 )
+from packcli.errors import ConfigError
 from packcli.files import digest
 
 Kind = Literal["tokens", "index", "train", "eval"]
-VERSIONS: dict[Kind, int] = {"tokens": 1, "index": 1, "train": 1, "eval": 1}
+VERSIONS: dict[Kind, int] = {"tokens": 2, "index": 2, "train": 2, "eval": 1}
 
 Fingerprints = Mapping[str, str]
 
@@ -38,8 +41,7 @@ class TokenizerOrder(Spec):
 
     name: str | None = None
     revision: str | None = None
-    sources: tuple[str, ...] = ()
-    mapping: dict[str, str] | None = None
+    sources: tuple[SourceSpec, ...] = ()
     max_documents: int | None = None
     validation: float = 0.0
     template: str = ""
@@ -47,22 +49,39 @@ class TokenizerOrder(Spec):
 
 
 class TokensOrder(Spec):
+    """`fingerprints`: of each source, to notice one that changes while it is read."""
+
     id: str
-    sources: tuple[str, ...]
-    mapping: dict[str, str] | None
+    processes: int | None
+    sources: tuple[SourceSpec, ...]
+    fingerprints: tuple[str, ...]
     max_documents: int | None
-    train_on: str
+    on_error: Literal["fail", "skip"]
+    max_errors: int
+    train_on: Literal["assistant", "last_assistant", "all"]
     template: str | None
     tokenizer: TokenizerOrder
 
 
+class Batching(Spec):
+    """How rows become steps and micro-batches, where the padding of a row depends on its company."""
+
+    global_batch: int
+    batch_unit: BatchUnit
+    micro_batch: int
+
+
 class IndexOrder(Spec):
+    """`epochs`: how many are packed, more than one for `repack_each_epoch`. `batching`: for `pad_to: longest`."""
+
     id: str
     tokens: str
     max_length: int
     validation: float
     seed: int
     layout: LayoutSpec
+    batching: Batching | None
+    epochs: int
 
 
 class TrainOrder(Spec):
@@ -157,12 +176,18 @@ def task_key(task: str, spec: EvalSpec) -> str:
     return f"task:{orjson.dumps(protocol).decode()}"
 
 
+def source_key(source: SourceSpec) -> str:
+    """The fingerprint key of a source: what is read, not what is done with it."""
+    where = source.model_dump(include={"source", "subset", "split", "revision"})
+    return f"data:{orjson.dumps(where).decode()}"
+
+
 def needed(spec: SweepSpec) -> tuple[str, ...]:
     """Keys of all fingerprints that `plan` will look up: `kind:value`."""
     keys: dict[str, None] = {}
     for _, cell in spec.cells:
         for data in (cell.data, *([cell.model.base.data] if cell.model.base else [])):
-            keys.update(dict.fromkeys(f"data:{source}" for source in data.sources))
+            keys.update(dict.fromkeys(map(source_key, data.sources)))
             keys[f"template:{_template(data, cell.model) or ''}"] = None
         tokenizer = _tokenizer_name(cell.model)
         if tokenizer is not None:
@@ -230,7 +255,7 @@ class _Builder:
         arm = arm.model_copy(update={"batch_unit": None})
         train = train.model_copy(update={"batch_unit": unit})
         tokens = self._tokens(spec, data)
-        index = self._index(tokens.id, data, arm, seed)
+        index = self._index(tokens.id, data, arm, train, seed)
         model = spec.model.model_copy(update={"base": None})
         identity = {
             "version": VERSIONS["train"],
@@ -238,6 +263,8 @@ class _Builder:
             "model": self._weights(model, base),
             "train": train.model_dump(exclude=set(TRAIN_EXECUTION_KEYS)),
             "arm": arm.model_dump(include={"attention", "positions", "loss"}),
+            # Only the released code's loss depends on how a step is cut into micro-batches.
+            "micro_batch": train.micro_batch if arm.loss == "micro_batch" else None,
             "seed": seed,
         }
         order = TrainOrder(
@@ -266,18 +293,21 @@ class _Builder:
         template = _template(data, spec.model)
         identity = {
             "version": VERSIONS["tokens"],
-            "sources": [self._fingerprints[f"data:{source}"] for source in data.sources],
-            "mapping": data.mapping,
+            "sources": self._sources(data),
             "max_documents": data.max_documents,
+            "on_error": data.on_error,
             "train_on": data.train_on,
             "template": self._fingerprints[f"template:{template or ''}"],
             "tokenizer": identity_of_tokenizer,
         }
         order = TokensOrder(
             id=digest(identity),
+            processes=data.processes,
             sources=data.sources,
-            mapping=data.mapping,
+            fingerprints=tuple(self._fingerprints[source_key(source)] for source in data.sources),
             max_documents=data.max_documents,
+            on_error=data.on_error,
+            max_errors=data.max_errors,
             train_on=data.train_on,
             template=template,
             tokenizer=tokenizer,
@@ -293,19 +323,30 @@ class _Builder:
         data, template = spec.data, _template(spec.data, spec.model) or ""
         order = TokenizerOrder(
             sources=data.sources,
-            mapping=data.mapping,
             max_documents=data.max_documents,
             validation=data.validation,
             template=template,
             vocab_size=spec.model.vocab_size or 0,
         )
         identity = order.model_dump()
-        identity["sources"] = [self._fingerprints[f"data:{source}"] for source in data.sources]
+        identity["sources"] = self._sources(data)
         identity["template"] = self._fingerprints[f"template:{template}"]
         return order, identity
 
-    def _index(self, tokens: str, data: DataSpec, arm: ArmSpec, seed: int) -> IndexOrder:
+    def _sources(self, data: DataSpec) -> list[list[Any]]:
+        return [[self._fingerprints[source_key(item)], item.mapping, item.weight] for item in data.sources]
+
+    def _index(self, tokens: str, data: DataSpec, arm: ArmSpec, train: TrainSpec, seed: int) -> IndexOrder:
         layout = arm.rows
+        batching = None
+        if layout.pad_to == "longest":
+            batching = Batching.model_validate(train.model_dump(include=set(Batching.model_fields)))
+        epochs = 1
+        if layout.repack_each_epoch:
+            if train.epochs is None:
+                fix = "give `train.epochs`, not `steps` or `tokens`"
+                raise ConfigError("`repack_each_epoch` packs as many times as there are epochs", fix)
+            epochs = train.epochs
         identity = {
             "version": VERSIONS["index"],
             "tokens": tokens,
@@ -313,6 +354,8 @@ class _Builder:
             "validation": data.validation,
             "seed": seed,
             "layout": layout.model_dump(),
+            "batching": batching.model_dump() if batching else None,
+            "epochs": epochs,
         }
         order = IndexOrder(
             id=digest(identity),
@@ -321,6 +364,8 @@ class _Builder:
             validation=data.validation,
             seed=seed,
             layout=layout,
+            batching=batching,
+            epochs=epochs,
         )
         return self.indexes.setdefault(order.id, order)
 

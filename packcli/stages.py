@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packcli import batching, fingerprints, flops
 from packcli import estimate as estimates
-from packcli import fingerprints, flops
-from packcli.config import EvalSpec, SweepSpec
+from packcli.config import ARMS, ArmSpec, CellSpec, DataSpec, EvalSpec, ModelSpec, SweepSpec, TrainSpec
 from packcli.errors import ConfigError, IntegrityError, PackcliError
 from packcli.estimate import Estimate
 from packcli.eval import protocol
@@ -25,6 +25,7 @@ from packcli.plan import (
     Plan,
     TokensOrder,
     TrainOrder,
+    needed,
     plan,
 )
 from packcli.store import Manifest, Store
@@ -57,6 +58,38 @@ def make_plan(spec: SweepSpec, store: Store) -> Plan:
     return plan(expanded, fingerprints.fingerprints(expanded, store))
 
 
+def data_plan(data: DataSpec, lengths: Sequence[int], tokenizer: str, *, arms: Sequence[str], batch: int) -> Plan:
+    """A plan that asks what every arm makes of some data at several row lengths; nothing of it is ever trained.
+
+    `tokenizer`: a name, a directory, or `train`. Its ids are those of no store: no file is read to make them.
+    """
+    config = {"model_type": "llama"}
+    size = OWN_VOCABULARY if tokenizer == "train" else None
+    model = ModelSpec(config=config, tokenizer=tokenizer, vocab_size=size)
+    train = TrainSpec(epochs=1, lr=1e-5, global_batch=batch)
+    cells = tuple(
+        (
+            {"data.max_length": str(length), "arm": name},
+            CellSpec(
+                model=model,
+                data=data.model_copy(update={"max_length": length}),
+                arm=ArmSpec.model_validate(ARMS[name]),
+                train=train,
+                seed=0,
+            ),
+        )
+        for length in lengths
+        for name in arms
+    )
+    axes = {"data.max_length": tuple(map(str, lengths)), "arm": tuple(arms)}
+    spec = SweepSpec(name="plan", baseline="padding", axes=axes, cells=cells)
+    return plan(spec, dict.fromkeys(needed(spec), "not read"))
+
+
+OWN_VOCABULARY = 32_768
+"""Tokens of the BPE that stands in when no tokenizer is named."""
+
+
 def _tasks(spec: EvalSpec) -> tuple[str, ...]:
     return protocol.expand(spec.tasks)
 
@@ -79,22 +112,50 @@ def prepare_tokens(order: TokensOrder, store: Store, note: Note = silent) -> Man
     """Conversations -> token store."""
     if manifest := store.manifest("tokens", order.id):
         return manifest
-    from packcli.data import tokens
+    from packcli.data import tokenize
 
     with store.writing("tokens", order.id):
-        counts = tokens.build(order, store, lambda remark: note(0, 0, remark))
+        counts = tokenize.build(order, store, note)
+        _check_unchanged(order, store)
+        spec = order.model_dump(mode="json", exclude={"processes", "max_errors"})
         return store.commit(
-            "tokens", order.id, spec=order.model_dump(mode="json"), inputs={}, results=counts, provenance={}
+            "tokens", order.id, spec=spec, inputs={}, results=counts, provenance=tokenize.provenance(order, store)
         )
+
+
+def prepare_part(order: TokensOrder, store: Store, part: tuple[int, int], note: Note = silent) -> int:
+    """Make part k of n of a token store's shards, for a job array; how many there are in all.
+
+    Parts take no lock: each shard appears whole, and whoever makes it makes the same bytes.
+    """
+    from packcli.data import tokenize
+
+    if store.manifest("tokens", order.id):
+        return 0
+    return len(tokenize.make(order, store, note, part))
+
+
+def _check_unchanged(order: TokensOrder, store: Store) -> None:
+    """The files must still be those that the id was made from, else nothing is kept. (A sample has no such id.)"""
+    from packcli.data import sources
+
+    hashes = fingerprints.FileHashes(store)
+    for source, before in zip(order.sources, order.fingerprints, strict=False):
+        if sources.fingerprint(source, hashes.sha256) != before:
+            store.remove(store.directory("tokens", order.id))
+            raise IntegrityError(
+                f"`{source.source}` changed while it was read; nothing was kept", "run the same command again"
+            )
 
 
 def prepare_index(order: IndexOrder, store: Store) -> Manifest:
     """Token store -> row index and ledger."""
     if manifest := store.manifest("index", order.id):
         return manifest
-    from packcli.data import index
+    from packcli.data import index, tokens
 
     source = _upstream(store, "tokens", order.tokens)
+    tokens.check_shards(store, order.tokens, source.results["shards"])
     with store.writing("index", order.id):
         built, held_out, ledger = index.build(
             order, open_tokens(store, source), source.results["conversations"], source.results["rejected"]
@@ -327,10 +388,9 @@ def estimate(order: TrainOrder, store: Store) -> Estimate:
     import numpy as np
 
     from packcli.data import index
-    from packcli.train import batches
 
     rows = index.read(store.rows(order.index))
-    steps = batches.plan(rows, order.train, order.seed)
+    steps = batching.run_steps(rows.sizes, order.train, order.arm.order, order.seed)
     chosen = np.concatenate(steps)
     if order.arm.attention == "document":
         lengths = rows.rows.stop - rows.rows.start

@@ -2,7 +2,7 @@
 
     runs/<sweep>/plan.json  worker-0.log
     runs/store/fingerprints.json                 hashes of input files, by size, mtime and inode
-    runs/store/tokens/<id>/  tokenizer/  shard-00000.arrow  shard-00000.json  rejected.jsonl
+    runs/store/tokens/<id>/  tokenizer/  shard-00000.arrow  shard-00000.json  pieces.json  rejected.jsonl
     runs/store/index/<id>/   rows.arrow  validation.arrow
     runs/store/train/<id>/   config.yaml  metrics.jsonl  checkpoint-<step>/  final/
     runs/store/eval/<id>/    results.json  samples.jsonl
@@ -105,6 +105,13 @@ class Store:
     def shard_record(self, tokens: str, number: int) -> Path:
         return self.directory("tokens", tokens) / f"shard-{number:05d}.json"
 
+    def shard_records(self, tokens: str) -> list[Path]:
+        """Those that are there."""
+        return sorted(self.directory("tokens", tokens).glob("shard-*.json"))
+
+    def pieces(self, tokens: str) -> Path:
+        return self.directory("tokens", tokens) / "pieces.json"
+
     def rejected(self, tokens: str) -> Path:
         return self.directory("tokens", tokens) / "rejected.jsonl"
 
@@ -176,6 +183,8 @@ class Store:
         directory = self.directory(kind, id_)
         with locked(directory, f"{kind} {id_}"):
             self.failure_file(kind, id_).unlink(missing_ok=True)
+            for unfinished in list(directory.rglob(".*.tmp-*")):  # of a writer that was killed
+                self.remove(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
             try:
                 yield directory
             except PreemptedError:

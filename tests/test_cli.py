@@ -26,7 +26,8 @@ Sweep = Callable[..., Path]
 
 SELECTING = {"--only", "--set", "--runs", "--json", "--help"}
 OPTIONS = {
-    "prepare": SELECTING,
+    "prepare": SELECTING
+    | {"--plan", "--tokenizer", "--template", "--max-length", "--show", "--draw", "--export", "--part"},
     "train": SELECTING,
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"}
     | {"--chat-template"},
@@ -318,6 +319,8 @@ def test_prepare_prints_one_json_document_and_its_ledgers_close(prepared: Path) 
             "index_path",
             "rejected_path",
             "ledger",
+            "conversations_repeated",
+            "conversations_not_drawn",
         }
         assert (prepared / cell["tokens_path"] / "manifest.json").is_file()
         assert (prepared / cell["index_path"]).name == cell["prepare_id"]

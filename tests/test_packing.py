@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from packcli import packing
+from packcli import packing, patterns
 from packcli.packing import Rows, best_fit, concat, lower_bound, next_fit_decreasing, one_per_row
 
 Ints = NDArray[np.int64]
@@ -186,7 +186,7 @@ def fewest_rows(values: list[int], max_length: int) -> int:
 
 
 def plan_rows(lengths: Ints, max_length: int) -> int:
-    return packing._best_fit_decreasing(packing._histogram(lengths, max_length), max_length).num_rows
+    return patterns.best_fit_decreasing(packing._histogram(lengths, max_length), max_length).num_rows
 
 
 @thorough
@@ -226,8 +226,8 @@ def test_fill_that_runs_out_of_budget_still_packs_every_document(
     lengths = ints(drawn[0])
     counts = packing._histogram(lengths, drawn[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_FILL_BUDGET", budget)
-        plan = packing._subset_sum_fill(counts, drawn[1])
+        patch.setattr(patterns, "_FILL_BUDGET", budget)
+        plan = patterns.subset_sum_fill(counts, drawn[1])
     assert_partition(packing._materialise(plan, lengths, fresh()), lengths, drawn[1])
 
 
@@ -236,7 +236,7 @@ def test_fill_that_runs_out_of_budget_still_packs_every_document(
 def test_fill_leaves_no_room_that_documents_could_have_used(drawn: tuple[list[int], int]) -> None:
     values, space = sorted(drawn[0]), drawn[1]
     left = Counter(values)
-    pattern, _ = packing._fullest(sorted(left), dict(left), space)
+    pattern, _ = patterns._fullest(patterns.Waiting(dict(left), sorted(left)), space)
     assert all(times <= left[length] for length, times in pattern.items())
     sums = {0}
     for length in values:

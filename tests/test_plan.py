@@ -17,9 +17,9 @@ import yaml
 
 from packcli import plan as planning
 from packcli import sweepfile, yamlfile
-from packcli.config import SweepSpec
+from packcli.config import SourceSpec, SweepSpec
 from packcli.data import sources
-from packcli.plan import Plan, closure, needed, plan
+from packcli.plan import Plan, closure, needed, plan, source_key
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "ids.json"
@@ -214,7 +214,7 @@ def test_validation_moves_no_token_when_the_tokenizer_is_not_trained() -> None:
     assert ids(named)["index"] != ids(other)["index"]
 
 
-@pytest.mark.parametrize("key", ["data:chats.jsonl", "template:chatml"])
+@pytest.mark.parametrize("key", [source_key(SourceSpec(source="chats.jsonl")), "template:chatml"])
 def test_a_changed_input_reruns_everything_that_read_it(key: str) -> None:
     before, after = ids(SWEEP), ids(SWEEP, **{key: "another"})
     assert all(not set(before[kind]) & set(after[kind]) for kind in before)

@@ -95,7 +95,9 @@ def test_scoring_a_run_that_was_not_trained_names_the_command(tmp_path: Path) ->
 
 def test_an_index_without_its_tokens_names_the_command(tmp_path: Path) -> None:
     arm = ArmSpec.model_validate(ARMS["padding"])
-    order = IndexOrder(id="i", tokens="t", max_length=8, validation=0.0, seed=0, layout=arm.rows)
+    order = IndexOrder(
+        id="i", tokens="t", max_length=8, validation=0.0, seed=0, layout=arm.rows, batching=None, epochs=1
+    )
     with pytest.raises(ConfigError, match="tokens t is missing") as caught:
         stages.prepare_index(order, Store(tmp_path))
     assert "packcli prepare" in caught.value.fix

@@ -93,7 +93,7 @@ def test_1e_5_without_a_point_is_a_number_and_its_label_stays_as_typed(load_text
 def test_a_list_of_sources_is_labelled_by_its_parts(load_text: Load) -> None:
     spec = load_text(SWEEP + "  data.source: [[tiny, tiny_base], tiny]\n", only=["arm=padding"])
     assert [values["data.source"] for values, _ in spec.cells] == ["tiny+tiny_base", "tiny"]
-    assert spec.cells[0][1].data.sources == ("tiny", "tiny_base")
+    assert [item.source for item in spec.cells[0][1].data.sources] == ["tiny", "tiny_base"]
 
 
 def test_exclude_drops_what_matches_all_its_keys_and_nothing_else(load_text: Load) -> None:

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from packcli import packing, stages
-from packcli.config import ARMS, ArmSpec, ModelSpec, TrainSpec
+from packcli import batching, packing, stages
+from packcli.config import ARMS, ArmSpec, ModelSpec, SourceSpec, TrainSpec
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.data.tokenizer import load_directory
@@ -24,9 +26,9 @@ from packcli.files import read_jsonl
 from packcli.model import attention, load, probe
 from packcli.model.attention import Segments
 from packcli.model.collate import Batch, collate
-from packcli.plan import IndexOrder, TokenizerOrder, TokensOrder, TrainOrder
+from packcli.plan import Batching, IndexOrder, TokenizerOrder, TokensOrder, TrainOrder
 from packcli.store import Store, normalized
-from packcli.train import batches, checkpoint, loop, loss, optim
+from packcli.train import checkpoint, loop, loss, optim
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "sft"
 LLAMA = {
@@ -51,13 +53,16 @@ class Data:
     def __init__(self, root: Path, source: str, max_documents: int) -> None:
         self.store = Store(root)
         tokenizer = TokenizerOrder(
-            sources=(source,), max_documents=max_documents, template="chatml", vocab_size=600
+            sources=(SourceSpec(source=source),), max_documents=max_documents, template="chatml", vocab_size=600
         )
         self.order = TokensOrder(
             id="tokens",
-            sources=(source,),
-            mapping=None,
+            processes=1,
+            sources=(SourceSpec(source=source),),
+            fingerprints=(),
             max_documents=max_documents,
+            on_error="fail",
+            max_errors=1,
             train_on="assistant",
             template="chatml",
             tokenizer=tokenizer,
@@ -66,14 +71,16 @@ class Data:
         self.tokens: Tokens = stages.open_tokens(self.store, self.manifest)
         self.tokenizer = load_directory(self.store.tokenizer("tokens"))
 
-    def index(self, name: str, max_length: int = MAX_LENGTH, seed: int = 0) -> Index:
+    def index(self, name: str, max_length: int = MAX_LENGTH, seed: int = 0, epochs: int = 1) -> Index:
         order = IndexOrder(
-            id=f"{name}-{max_length}-{seed}",
+            id=f"{name}-{max_length}-{seed}" + (f"-{epochs}" if epochs > 1 else ""),
             tokens="tokens",
             max_length=max_length,
             validation=0.1,
             seed=seed,
-            layout=arm(name).rows,
+            layout=arm(name).rows.model_copy(update={"repack_each_epoch": epochs > 1}),
+            batching=Batching(global_batch=4, batch_unit="rows", micro_batch=2),
+            epochs=epochs,
         )
         stages.prepare_index(order, self.store)
         return indexes.read(self.store.rows(order.id))
@@ -228,7 +235,9 @@ def test_labels_of_the_index_and_of_the_batches_are_the_same_tokens(tiny: Data, 
         assert len(batch.labels) == rows.supervised[row]
         assert torch.equal(batch.input_ids[0, batch.predict + 1], batch.labels)
         assert sum(batch.segments) == batch.num_slots
-        assert batch.num_slots == (rows.tokens[row] if name == "padding_free" else MAX_LENGTH)
+        longest = min(-(-rows.tokens[row] // 8) * 8, MAX_LENGTH)
+        slots = {"none": rows.tokens[row], "longest": longest, "max_length": MAX_LENGTH}
+        assert batch.num_slots == slots[arm(name).pad_to]
 
 
 @settings(max_examples=25, deadline=None)
@@ -253,7 +262,11 @@ def fake_index(documents: list[int]) -> Index:
     offsets = np.concatenate([[0], np.cumsum(np.maximum(count, 1))])
     pieces = np.arange(offsets[-1])
     rows = packing.Rows(document=pieces, start=pieces * 0, stop=pieces * 0 + 10, offsets=offsets)
-    return Index(rows, np.maximum(count, 1) * 10, count, np.maximum(count, 1) * 5)
+    return Index(rows, np.maximum(count, 1) * 10, count, np.maximum(count, 1) * 5, np.array([0, len(count)]))
+
+
+def plan_steps(index: Index, spec: TrainSpec, seed: int) -> list[np.ndarray]:
+    return batching.run_steps(index.sizes, spec, "shuffled", seed)
 
 
 @settings(max_examples=200, deadline=None)
@@ -268,7 +281,7 @@ def test_every_row_comes_once_an_epoch_and_no_step_is_empty(
 ) -> None:
     index = fake_index(documents)
     spec = TrainSpec.model_validate({"epochs": epochs, "lr": 1, "global_batch": global_batch, "batch_unit": unit})
-    steps = batches.plan(index, spec, seed=3)
+    steps = plan_steps(index, spec, seed=3)
     assert all(len(step) for step in steps)
     order = np.concatenate(steps).reshape(epochs, -1)
     assert all(sorted(epoch) == list(range(len(documents))) for epoch in order.tolist())
@@ -283,24 +296,103 @@ def test_every_row_comes_once_an_epoch_and_no_step_is_empty(
 def test_a_step_budget_gives_exactly_that_many_steps() -> None:
     for unit in ("rows", "documents", "tokens"):
         spec = TrainSpec.model_validate({"steps": 57, "lr": 1, "global_batch": 7, "batch_unit": unit})
-        assert len(batches.plan(fake_index([3, 1, 0, 5, 2]), spec, seed=0)) == 57
+        assert len(plan_steps(fake_index([3, 1, 0, 5, 2]), spec, seed=0)) == 57
 
 
 def test_a_token_budget_stops_at_the_row_that_reaches_it() -> None:
     spec = TrainSpec.model_validate({"tokens": 95, "lr": 1, "global_batch": 1})
-    rows = np.concatenate(batches.plan(fake_index([1] * 4), spec, seed=0))
+    rows = np.concatenate(plan_steps(fake_index([1] * 4), spec, seed=0))
     assert len(rows) == 10
 
 
 def test_padding_and_padding_free_see_the_same_order(tiny: Data) -> None:
     spec = TrainSpec.model_validate({"epochs": 2, "lr": 1, "global_batch": 5})
-    one, other = (batches.plan(tiny.index(name), spec, seed=1) for name in ("padding", "padding_free"))
+    one, other = (plan_steps(tiny.index(name), spec, seed=1) for name in ("padding", "padding_free"))
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 99), min_size=1, max_size=60),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.sampled_from(["rows", "tokens"]),
+)
+def test_sorted_batches_hold_every_row_once_an_epoch_and_rows_of_like_length(
+    lengths: list[int], global_batch: int, epochs: int, unit: str
+) -> None:
+    tokens = np.array(lengths, np.int64)
+    sizes = batching.Sizes(tokens, np.ones_like(tokens), np.array([0, len(tokens)]))
+    budget = batching.Budget(epochs=epochs)
+    steps = batching.steps(sizes, budget, global_batch=global_batch, unit=unit, seed=1, order="sorted")
+    stream = np.concatenate(steps).reshape(epochs, -1)
+    assert all(sorted(epoch) == list(range(len(lengths))) for epoch in stream.tolist())
+    if unit == "rows" and len(tokens) % global_batch == 0:
+        for step in steps:  # nothing outside a batch lies between its shortest and its longest row
+            outside = np.setdiff1d(np.arange(len(tokens)), step)
+            low, high = tokens[step].min(), tokens[step].max()
+            assert not ((tokens[outside] > low) & (tokens[outside] < high)).any()
+
+
+def test_each_epoch_is_packed_anew_and_each_holds_every_document_once(tiny: Data) -> None:
+    index = tiny.index("best_fit", epochs=3)
+    spec = TrainSpec.model_validate({"epochs": 3, "lr": 1, "global_batch": 1})
+    steps = np.concatenate(plan_steps(index, spec, seed=0))
+    packed = []
+    for epoch in range(3):
+        first, last = index.blocks[epoch : epoch + 2]
+        assert sorted(steps[first:last]) == list(range(first, last))
+        own = index.epoch(epoch).rows
+        packed.append({frozenset(own.document[a:b].tolist()) for a, b in pairwise(own.offsets)})
+    documents = [sorted(d for row in rows for d in row) for rows in packed]
+    assert documents[0] == documents[1] == documents[2]
+    assert packed[0] != packed[1] != packed[2]
+
+
+@pytest.mark.parametrize("name", ["padding", "best_fit", "random"])
+@pytest.mark.parametrize("kind", ["document", "row", "micro_batch"])
+def test_each_loss_weighs_what_its_name_says(tiny: Data, name: str, kind: str) -> None:
+    model, index, rows = tiny.model(), tiny.index(name), np.arange(5)
+    weighting = loss.weighting(kind, index, indexes.Labels(tiny.tokens))
+    parts = [rows[:2], rows[2:]]
+    total = 0.0
+    for part in parts:
+        batch = collate(tiny.tokens, index, part.tolist(), arm(name), MAX_LENGTH, 0, weighting.pieces)
+        total += float(loss.token_sum(model, batch).detach()) * weighting.scale(part, index.supervised)
+    found = total / weighting.divisor(rows, parts, index.supervised)
+
+    def mean(batch: Batch) -> float:
+        return float(loss.token_sum(model, batch).detach()) / max(1, len(batch.labels))
+
+    if kind == "row":
+        wanted = np.mean([mean(tiny.batch(name, [row])) for row in rows.tolist()])
+    elif kind == "micro_batch":
+        wanted = np.mean([mean(tiny.batch(name, part.tolist())) for part in parts])
+    elif name == "padding":  # one document a row
+        wanted = np.mean([mean(tiny.batch(name, [row])) for row in rows.tolist()])
+    else:
+        wanted = document_loss(tiny, model, index, rows, arm(name)) / index.documents[rows].sum()
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def document_loss(data: Data, model: torch.nn.Module, index: Index, rows: np.ndarray, arm_: ArmSpec) -> float:
+    """Sum over the documents in these rows of their loss there over their labels in the whole epoch."""
+    totals = np.zeros(data.tokens.num_documents)
+    per_piece = indexes.supervised(index.rows, indexes.Labels(data.tokens))
+    np.add.at(totals, index.rows.document, per_piece)
+    total = 0.0
+    for row in rows.tolist():
+        batch = collate(data.tokens, index, [row], arm_, MAX_LENGTH, 0)
+        pieces = range(index.rows.offsets[row], index.rows.offsets[row + 1])
+        owner = np.repeat([totals[index.rows.document[piece]] for piece in pieces], [per_piece[p] for p in pieces])
+        batch = replace(batch, weights=torch.tensor(1 / owner, dtype=torch.float32))
+        total += float(loss.token_sum(model, batch).detach())
+    return total
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5))
 def test_ranks_have_equally_many_micro_batches_and_share_all_rows(rows: int, world: int, micro: int) -> None:
-    shares = [batches.share(np.arange(rows), rank, world, micro) for rank in range(world)]
+    shares = [batching.share(np.arange(rows), rank, world, micro) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(rows))
 

@@ -1,4 +1,4 @@
-"""Raw records as conversations, and conversations as text with the spans an assistant wrote.
+"""Raw records as conversations.
 
 A file's schema is detected from its first record; a file that fits none is an error. A single record that
 cannot be trained on raises `Rejected`: the caller counts it and names it, and goes on.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
-from packcli.errors import ConfigError, DataError
+from packcli.errors import DataError
 
-Schema = Literal["messages", "conversations", "instruction", "prompt_completion", "question_answer"]
+Schema = Literal["messages", "conversations", "instruction", "prompt_completion", "question_answer", "tokenized"]
 Messages = list[dict[str, str]]
 
 _ROLES = {
@@ -35,14 +32,6 @@ _CONTENT_SALT = b"packcli content 1\n"
 
 class Rejected(Exception):
     """This conversation cannot be trained on; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as text; `spans`: characters an assistant wrote, end-of-turn text included."""
-
-    text: str
-    spans: list[tuple[int, int]]
 
 
 def detect(record: Any, where: str) -> Schema:
@@ -64,6 +53,8 @@ def detect(record: Any, where: str) -> Schema:
         return "prompt_completion"
     if {"question", "answer"} <= keys:
         return "question_answer"
+    if "input_ids" in keys:
+        return "tokenized"
     fields = ", ".join(f"`{key}`" for key in list(record)[:12]) or "none"
     raise DataError(
         f"{where}: no chat schema fits its fields ({fields})",
@@ -90,6 +81,8 @@ def conversation(record: Any, schema: Schema) -> Messages:
             messages = [*_part(record, "prompt", "user"), *_part(record, "completion", "assistant")]
         case "question_answer":
             messages = [*_part(record, "question", "user"), *_part(record, "answer", "assistant")]
+        case "tokenized":
+            raise ValueError("a tokenized record holds no messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise Rejected("no assistant turn")
     if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
@@ -142,93 +135,12 @@ def content_hash(messages: Messages) -> int:
     return int.from_bytes(hashlib.sha256(_CONTENT_SALT + said).digest()[:8], "big")
 
 
+def copies(content: int, weight: float) -> int:
+    """How often a conversation is used: `weight` on average, its fraction drawn independently of validation."""
+    whole = int(weight)
+    drawn = content * 0x9E3779B97F4A7C15 % 2**64 < (weight - whole) * 2**64
+    return whole + drawn
+
+
 def in_validation(content: int, fraction: float) -> bool:
     return content < int(fraction * 2**64)
-
-
-def template_text(template: str) -> str:
-    """A chat template by packaged name (chatml, plain) or by path to a Jinja file."""
-    packaged = resources.files("packcli.data") / "templates" / f"{template}.jinja"
-    if "/" not in template and packaged.is_file():
-        return packaged.read_text()
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        hint = "`data.template` is chatml, plain, or a path to a Jinja file"
-        raise ConfigError(f"no chat template `{template}`", hint) from None
-
-
-class Renderer:
-    """A tokenizer's chat template, compiled once.
-
-    transformers' own `apply_chat_template` costs several times the rendering itself; the first conversations
-    go through both, and where they differ transformers' alone is used.
-    """
-
-    _CHECKED = 16
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._template = _compile(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
-        self._special = dict(tokenizer.special_tokens_map)
-        self._left_to_check = self._CHECKED
-
-    def render(self, messages: Messages) -> Rendered:
-        """The conversation as text, and what the assistant wrote of it.
-
-        An assistant turn's text is what the template adds when the turn is appended after its generation
-        prompt; a template for which the earlier text is no prefix of the later cannot be supervised that way.
-
-        Raises:
-            Rejected: the template refuses these messages (order of roles, for example).
-            DataError: the template has not the prefix property.
-        """
-        text = self._apply(messages)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(messages[:number], prompt=True) if number else ""
-            after = self._apply(messages[: number + 1]) if number + 1 < len(messages) else text
-            if not (after.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    "the chat template changes earlier turns when one is added: assistant spans are unknown",
-                    "set `data.template`, for example to chatml",
-                )
-            spans.append((len(before), len(after)))
-        return Rendered(text, spans)
-
-    def _apply(self, messages: Messages, *, prompt: bool = False) -> str:
-        import jinja2
-
-        try:
-            if self._template is None:
-                return self._theirs(messages, prompt)
-            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
-            text = str(self._template.render(**{**self._special, **given}))
-            if self._left_to_check:
-                self._left_to_check -= 1
-                if text != self._theirs(messages, prompt):
-                    self._template = None
-                    return self._theirs(messages, prompt)
-            return text
-        except jinja2.TemplateError as error:
-            raise Rejected(f"the chat template refuses it: {error}") from None
-
-    def _theirs(self, messages: Messages, prompt: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-
-def _compile(template: str) -> Any:
-    """The template as transformers compiles it: its sandbox, filters and tags. None: it no longer shows how."""
-    import jinja2
-
-    try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-    except ImportError:
-        return None
-    try:
-        return _compile_jinja_template(template)
-    except jinja2.TemplateError as error:
-        hint = "mend it, or set `data.template`, for example to chatml"
-        raise ConfigError(f"the chat template is not valid Jinja: {error}", hint) from None

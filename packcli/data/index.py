@@ -1,21 +1,23 @@
 """The row index: which pieces of which documents lie in each row, and the ledger that accounts for every token.
 
 Stored as Arrow columns `document`, `start`, `stop` (list<int32>, one entry a piece) and, per row, `tokens`,
-`documents` (that start in it) and `supervised` (labels that reach the loss).
+`documents` (that start in it) and `supervised` (labels that reach the loss). Where each epoch is packed anew, the
+rows of all epochs follow one another, and the file's metadata says where each begins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packcli import packing
-from packcli.data.tokens import Tokens
+from packcli import batching, packing, released
+from packcli.batching import Sizes
 from packcli.errors import DataError, IntegrityError
 from packcli.files import atomic_write
 from packcli.packing import Rows
@@ -30,24 +32,67 @@ LEDGER_IDENTITIES = (
     ("tokens_in", ("tokens_validation", "tokens_truncated", "tokens_dropped", "tokens_kept")),
     ("slots", ("tokens_kept", "tokens_padding", "tokens_boundary")),
 )
+_BLOCKS = b"packcli.blocks"
+
+
+class Documents(Protocol):
+    """What packing needs to know of D documents; `Tokens` is one."""
+
+    @property
+    def num_documents(self) -> int: ...
+
+    @property
+    def lengths(self) -> Ints:
+        """[D] int64: tokens of each."""
+
+    @property
+    def content(self) -> NDArray[np.uint64]:
+        """[D] uint64: the hash that decides validation."""
+
+    @property
+    def spans(self) -> tuple[Ints, Ints, Ints]:
+        """(document, start, stop), each [P] int64: every supervised span, in document order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Rows over the token store's documents; the last three are [R] int64, one number a row."""
+    """Rows over the token store's documents; the three counts are [R] int64, one number a row.
+
+    `blocks` [E + 1] int64: where the rows of each packed epoch begin; [0, R] where rows stay.
+    """
 
     rows: Rows
     tokens: Ints
     documents: Ints
     supervised: Ints
+    blocks: Ints
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.tokens, self.documents, self.blocks)
+
+    def epoch(self, number: int) -> Index:
+        """The rows of one packed epoch alone."""
+        first, last = int(self.blocks[number]), int(self.blocks[number + 1])
+        a, b = int(self.rows.offsets[first]), int(self.rows.offsets[last])
+        rows = Rows(
+            document=self.rows.document[a:b],
+            start=self.rows.start[a:b],
+            stop=self.rows.stop[a:b],
+            offsets=self.rows.offsets[first : last + 1] - a,
+        )
+        cut = slice(first, last)
+        return Index(
+            rows, self.tokens[cut], self.documents[cut], self.supervised[cut], np.array([0, last - first])
+        )
 
 
 class Labels:
     """Counts supervised tokens of any piece of any document."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        document, start, stop = tokens.spans
-        self._base = np.concatenate([[0], np.cumsum(tokens.lengths)]).astype(np.int64)
+    def __init__(self, documents: Documents) -> None:
+        document, start, stop = documents.spans
+        self._base = np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int64)
         self._start = self._base[document] + start
         self._stop = self._base[document] + stop
         self._before = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
@@ -65,104 +110,272 @@ class Labels:
 
 
 def build(
-    order: IndexOrder, tokens: Tokens, conversations: int, rejected: int
+    order: IndexOrder, documents: Documents, conversations: int, rejected: int
 ) -> tuple[Index, Index, dict[str, Any]]:
-    """Training rows, validation rows (each document alone, plainly truncated), and the ledger.
+    """Training rows, validation rows, and the ledger.
+
+    Validation rows hold one document each, plainly truncated; under `validation_after_packing` they are rows of
+    the packing, held out.
 
     Raises:
         DataError: no document is left to train on.
         IntegrityError: the ledger does not close.
     """
-    lengths, labels = tokens.lengths, Labels(tokens)
-    everything = np.arange(tokens.num_documents)
-    validation = tokens.content < np.uint64(int(order.validation * 2**64))
-    fitted = np.minimum(lengths, order.max_length)
-    kept_lengths = fitted if order.layout.overlong == "truncate" else lengths
-    labelled = labels.count(everything, np.zeros_like(lengths), kept_lengths) > 0
-    kept = everything[~validation & labelled]
-    dropped = everything[~validation & ~labelled]
-    if not len(kept):
+    labels, lengths = Labels(documents), documents.lengths
+    everything = np.arange(documents.num_documents)
+    fraction = 0.0 if order.layout.validation_after_packing else order.validation
+    validation = documents.content < np.uint64(int(fraction * 2**64))
+    fitted = _fitted(order, documents)
+    # Cut by turns, every document keeps the beginning of its first answer, however long what comes before is.
+    reach = lengths if order.layout.truncation == "per_turn" else fitted
+    labelled = labels.count(everything, np.zeros_like(lengths), reach) > 0
+    offered = everything[~validation & labelled & (fitted > 0)]
+    if not len(offered):
         raise DataError("no document is left to train on", "lower `data.validation` or raise `data.max_length`")
-    local = _pack(order, kept_lengths[kept])
-    rows = Rows(document=kept[local.document], start=local.start, stop=local.stop, offsets=local.offsets)
-    index = summarise(rows, labels)
-    held_out = everything[validation & (labels.count(everything, np.zeros_like(lengths), fitted) > 0)]
-    alone = packing.one_per_row(fitted[held_out])
-    held = Rows(document=held_out[alone.document], start=alone.start, stop=alone.stop, offsets=alone.offsets)
-    ledger = _ledger(order, index, lengths, kept, dropped, everything[validation])
-    ledger |= {"conversations_in": conversations, "conversations_rejected": rejected}
+    packed = [_pack(order, documents, offered, fitted, epoch) for epoch in range(order.epochs)]
+    epochs = [summarise(rows, labels) for rows in packed]
+    if order.layout.remainder == "drop":
+        epochs = [_choose(index, np.flatnonzero(index.supervised)) for index in epochs]
+    if order.layout.validation_after_packing:
+        kept, held_out = released.validation_rows(epochs[0].rows.num_rows, order.validation, order.seed)
+        held = _choose(epochs[0], held_out)
+        epochs = [_choose(epochs[0], kept)]
+        if not len(kept):
+            raise DataError("no row is left to train on", "lower `data.validation`")
+    else:
+        held = summarise(_alone(everything[validation], lengths, labels, order.max_length), labels)
+    ledger = {"conversations_in": conversations, "conversations_rejected": rejected}
+    ledger |= _ledger(order, epochs[0], held, lengths, fitted, validation)
     check(ledger)
-    return index, summarise(held, labels), ledger
+    return _joined(epochs), held, ledger
 
 
-def _pack(order: IndexOrder, lengths: Ints) -> Rows:
-    generator = rng(order.seed, "pack")
-    match order.layout.packer:
+def _fitted(order: IndexOrder, documents: Documents) -> Ints:
+    """[D] int64: tokens each document offers to the packer after the over-long policy; 0: it is left out."""
+    lengths = documents.lengths
+    match order.layout.overlong:
+        case "truncate":
+            return np.minimum(lengths, order.max_length)
+        case "drop":
+            return np.where(lengths <= order.max_length, lengths, 0)
+        case _:
+            return lengths
+
+
+def _pack(order: IndexOrder, documents: Documents, offered: Ints, fitted: Ints, epoch: int) -> Rows:
+    """Rows over the store's documents."""
+    lengths, layout = fitted[offered], order.layout
+    generator = rng(order.seed, "pack", epoch)
+    bounds = released.windows(len(offered), layout.window or max(1, len(offered)), layout.workers)
+    match layout.packer:
         case "none":
-            return packing.one_per_row(lengths)
+            local = packing.one_per_row(lengths)
+        case "concat" if layout.window:
+            local = released.concat(lengths, order.max_length, bounds)
         case "concat":
-            return packing.concat(lengths, order.max_length, generator)
+            local = packing.concat(lengths, order.max_length, generator)
         case "next_fit_decreasing":
-            return packing.next_fit_decreasing(lengths, order.max_length, generator)
+            local = packing.next_fit_decreasing(lengths, order.max_length, generator)
+        case "first_fit_decreasing" if layout.window:
+            local = released.first_fit_decreasing(lengths, order.max_length, bounds)
+        case "first_fit_decreasing":
+            local = packing.first_fit_decreasing(lengths, order.max_length, generator)
+        case "shuffled_first_fit":
+            local = packing.shuffled_first_fit(lengths, order.max_length, generator)
         case "best_fit":
-            return packing.best_fit(lengths, order.max_length, generator)
+            local = packing.best_fit(lengths, order.max_length, generator)
+    rows = Rows(document=offered[local.document], start=local.start, stop=local.stop, offsets=local.offsets)
+    return _cut_turns(rows, documents, order.max_length) if layout.truncation == "per_turn" else rows
+
+
+def _cut_turns(rows: Rows, documents: Documents, max_length: int) -> Rows:
+    """Truncated documents as the released code truncates: what is left of each turn's source and answer."""
+    document, first, last = documents.spans
+    span_of = np.searchsorted(document, np.arange(documents.num_documents + 1))
+    counts = np.ones(len(rows.document), np.int64)
+    pieces: list[tuple[int, list[tuple[int, int]]]] = []
+    for place in np.flatnonzero(documents.lengths[rows.document] > rows.stop):
+        spans = slice(*span_of[rows.document[place] : rows.document[place] + 2])
+        before = np.concatenate([[0], last[spans][:-1]])
+        answers = first[spans]
+        kept = released.truncate_per_turn(
+            (answers - before).tolist(), (last[spans] - answers).tolist(), max_length
+        )
+        starts = [begin for pair in zip(before.tolist(), answers.tolist(), strict=True) for begin in pair]
+        sizes = [size for pair in kept for size in pair]
+        cut = [(start, start + size) for start, size in zip(starts, sizes, strict=False) if size]
+        pieces.append((int(place), cut))
+        counts[place] = len(cut)
+    ends = np.cumsum(counts)
+    start, stop = np.repeat(rows.start, counts), np.repeat(rows.stop, counts)
+    for place, cut in pieces:
+        own = np.arange(ends[place] - len(cut), ends[place])
+        start[own], stop[own] = zip(*cut, strict=True)
+    bounds = np.concatenate([[0], ends])
+    return Rows(np.repeat(rows.document, counts), start, stop, bounds[rows.offsets])
+
+
+def _alone(held_out: Ints, lengths: Ints, labels: Labels, max_length: int) -> Rows:
+    """Each held-out document on its own, plainly truncated; those without a label left say nothing."""
+    fitted = np.minimum(lengths[held_out], max_length)
+    labelled = labels.count(held_out, np.zeros_like(fitted), fitted) > 0
+    alone = packing.one_per_row(fitted[labelled])
+    return Rows(held_out[labelled][alone.document], alone.start, alone.stop, alone.offsets)
+
+
+def opens(rows: Rows) -> NDArray[np.bool_]:
+    """[S] bool: whether a piece opens a document in its row. One that goes on (a turn cut short) does not."""
+    found = np.ones(len(rows.document), bool)
+    found[1:] = rows.document[1:] != rows.document[:-1]
+    found[rows.offsets[:-1][np.diff(rows.offsets) > 0]] = True
+    return found
+
+
+def supervised(rows: Rows, labels: Labels) -> Ints:
+    """[S] int64: labels of each piece that reach the loss.
+
+    The first token of a document in a row is none: nothing of its document comes before it.
+    """
+    return labels.count(rows.document, np.minimum(rows.start + opens(rows), rows.stop), rows.stop)
 
 
 def summarise(rows: Rows, labels: Labels) -> Index:
-    """Per-row counts. The first token of a piece is no label: nothing of its document comes before it."""
-    supervised = labels.count(rows.document, np.minimum(rows.start + 1, rows.stop), rows.stop)
+    """Rows with their counts."""
     return Index(
         rows=rows,
-        tokens=_per_row(rows.stop - rows.start, rows),
-        documents=_per_row((rows.start == 0).astype(np.int64), rows),
-        supervised=_per_row(supervised, rows),
+        tokens=per_row(rows.stop - rows.start, rows),
+        documents=per_row((rows.start == 0).astype(np.int64), rows),
+        supervised=per_row(supervised(rows, labels), rows),
+        blocks=np.array([0, rows.num_rows]),
     )
 
 
-def _per_row(values: Ints, rows: Rows) -> Ints:
+def per_row(values: Ints, rows: Rows) -> Ints:
+    """[R] int64: sums over each row's pieces."""
     totals = np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
     return totals[rows.offsets[1:]] - totals[rows.offsets[:-1]]
 
 
+def _choose(index: Index, chosen: Ints) -> Index:
+    """Some rows of an index, in the order given."""
+    rows, sizes = index.rows, np.diff(index.rows.offsets)[chosen]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    piece = np.arange(offsets[-1]) + np.repeat(rows.offsets[chosen] - offsets[:-1], sizes)
+    return Index(
+        rows=Rows(rows.document[piece], rows.start[piece], rows.stop[piece], offsets),
+        tokens=index.tokens[chosen],
+        documents=index.documents[chosen],
+        supervised=index.supervised[chosen],
+        blocks=np.array([0, len(chosen)]),
+    )
+
+
+def _joined(epochs: list[Index]) -> Index:
+    if len(epochs) == 1:
+        return epochs[0]
+    pieces = np.cumsum([0, *(len(index.rows.document) for index in epochs)])
+    offsets = [index.rows.offsets[1:] + first for index, first in zip(epochs, pieces, strict=False)]
+    return Index(
+        rows=Rows(
+            document=np.concatenate([index.rows.document for index in epochs]),
+            start=np.concatenate([index.rows.start for index in epochs]),
+            stop=np.concatenate([index.rows.stop for index in epochs]),
+            offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+        ),
+        tokens=np.concatenate([index.tokens for index in epochs]),
+        documents=np.concatenate([index.documents for index in epochs]),
+        supervised=np.concatenate([index.supervised for index in epochs]),
+        blocks=np.cumsum([0, *(index.rows.num_rows for index in epochs)]),
+    )
+
+
 def _ledger(
-    order: IndexOrder, index: Index, lengths: Ints, kept: Ints, dropped: Ints, validation: Ints
+    order: IndexOrder, index: Index, held: Index, lengths: Ints, fitted: Ints, validation: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Every count but the conversations', each taken from its own source so that the identities can fail."""
-    rows, tokens_kept = index.rows, int(index.tokens.sum())
-    whole = order.layout.overlong == "truncate"
-    reached = np.minimum(lengths[kept], order.max_length) if whole else lengths[kept]
-    match order.layout.layout:
-        case "padding_free":
-            slots, bound = tokens_kept, len(kept)
-        case "pad":
-            slots, bound = rows.num_rows * order.max_length, len(kept)
-        case "pack":
-            slots = rows.num_rows * order.max_length
-            bound = (
-                packing.lower_bound(reached, order.max_length) if whole else -(-tokens_kept // order.max_length)
-            )
-    pieces = np.bincount(rows.document, minlength=len(lengths))
+    """Every count but the conversations', as far as possible each from its own source, so that sums can fail."""
+    after = order.layout.validation_after_packing
+    kept = _tokens_of(index.rows, lengths)
+    in_rows = kept + _tokens_of(held.rows, lengths) if after else kept
+    absent = ~validation & (in_rows == 0)
+    there = ~validation & ~absent
+    whole = order.layout.overlong != "none"
+    reached = np.minimum(fitted, order.max_length) if whole else lengths
+    truncated = int((lengths - reached)[there].sum())
+    dropped = int(lengths[absent].sum()) + int((reached - in_rows)[there].sum())
+    if (
+        order.layout.truncation == "per_turn"
+    ):  # cuts more than the row's length: a turn that cannot begin is left out
+        truncated, dropped = truncated + int((reached - in_rows)[there].sum()), int(lengths[absent].sum())
+    slots = _slots(order, index)
     return {
         "documents": len(lengths),
-        "documents_validation": len(validation),
-        "documents_dropped": len(dropped),
-        "documents_kept": int((pieces > 0).sum()),
-        "documents_cut": int((pieces > 1).sum()),
+        "documents_validation": int((validation | ((kept == 0) & (in_rows > 0))).sum()),
+        "documents_dropped": int(absent.sum()),
+        "documents_kept": int((kept > 0).sum()),
+        "documents_cut": _documents_cut(index, held if after else None),
         "tokens_in": int(lengths.sum()),
-        "tokens_validation": int(lengths[validation].sum()),
-        "tokens_truncated": int((lengths[kept] - reached).sum()),
-        "tokens_dropped": int(lengths[dropped].sum()),
-        "tokens_kept": tokens_kept,
-        "tokens_padding": int((order.max_length - index.tokens).sum())
-        if order.layout.layout != "padding_free"
-        else 0,
+        "tokens_validation": int(held.tokens.sum()) if after else int(lengths[validation].sum()),
+        "tokens_truncated": truncated,
+        "tokens_dropped": dropped,
+        "tokens_kept": int(index.tokens.sum()),
+        "tokens_padding": int(slots.sum() - index.tokens.sum()),
         "tokens_boundary": 0,
         "tokens_supervised": int(index.supervised.sum()),
-        "rows": rows.num_rows,
-        "rows_lower_bound": int(bound),
-        "slots": slots,
-        "efficiency": tokens_kept / slots,
+        "rows": index.rows.num_rows,
+        "rows_lower_bound": _lower_bound(order, kept, whole),
+        "slots": int(slots.sum()),
+        "efficiency": int(index.tokens.sum()) / int(slots.sum()),
     }
+
+
+def _tokens_of(rows: Rows, lengths: Ints) -> Ints:
+    """[D] int64: tokens of each document that lie in these rows."""
+    return np.bincount(rows.document, rows.stop - rows.start, minlength=len(lengths)).astype(np.int64)
+
+
+def _documents_cut(index: Index, held: Index | None) -> int:
+    """Documents that lie in more than one row, rows held out after packing included."""
+    appearances = [index.rows.document[opens(index.rows)]]
+    if held is not None:
+        appearances.append(held.rows.document[opens(held.rows)])
+    return int((np.bincount(np.concatenate(appearances)) > 1).sum())
+
+
+def _lower_bound(order: IndexOrder, kept: Ints, whole: bool) -> int:
+    present = kept[kept > 0]
+    if order.layout.layout != "pack":
+        return len(present)
+    return packing.lower_bound(present, order.max_length) if whole else -(-int(present.sum()) // order.max_length)
+
+
+def _slots(order: IndexOrder, index: Index) -> Ints:
+    """Slots computed for each row in the first epoch, `[R] int64`."""
+    match order.layout.pad_to:
+        case "none":
+            return index.tokens
+        case "max_length":
+            return np.full(index.rows.num_rows, order.max_length)
+        case "longest":
+            return _longest(order, index)
+
+
+def _longest(order: IndexOrder, index: Index) -> Ints:
+    """As one process would batch them: several ranks make other micro-batches of the same step."""
+    assert order.batching is not None
+    plan = order.batching
+    steps = batching.steps(
+        index.sizes,
+        batching.Budget(epochs=1),
+        global_batch=plan.global_batch,
+        unit=plan.batch_unit,
+        seed=order.seed,
+        order=order.layout.order,
+    )
+    slots = np.zeros(index.rows.num_rows, np.int64)
+    for step in steps:
+        for rows in batching.share(step, 0, 1, plan.micro_batch):
+            slots[rows] = batching.longest(index.tokens[rows], order.max_length)
+    return slots
 
 
 def check(ledger: dict[str, Any]) -> None:
@@ -184,7 +397,7 @@ def write(path: Path, index: Index) -> None:
         for name, values in (("document", rows.document), ("start", rows.start), ("stop", rows.stop))
     }
     counts = {"tokens": index.tokens, "documents": index.documents, "supervised": index.supervised}
-    table = pa.table({**pieces, **counts})
+    table = pa.table({**pieces, **counts}).replace_schema_metadata({_BLOCKS: orjson.dumps(index.blocks.tolist())})
     with atomic_write(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
 
@@ -205,4 +418,5 @@ def read(path: Path) -> Index:
         stop=column("stop").values.to_numpy().astype(np.int64),
         offsets=document.offsets.to_numpy().astype(np.int64),
     )
-    return Index(rows, counts("tokens"), counts("documents"), counts("supervised"))
+    blocks = np.asarray(orjson.loads(table.schema.metadata[_BLOCKS]), dtype=np.int64)
+    return Index(rows, counts("tokens"), counts("documents"), counts("supervised"), blocks)

@@ -1,197 +1,258 @@
-"""Data sources: a built-in name or local files, read as a stream of records with where each came from.
+"""Data sources: built-in corpora, local files and Hugging Face datasets, as pieces that workers read on their own.
 
-A record's number is its line in a JSONL file and its place (from 1) in every other format, so that a
-message can always say `file:number`. Hugging Face datasets by id will be read here too.
+A record's number is its line in a JSON-lines file and its place (from 1) in every other format, so that a
+message can always say `file:number`.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
+import itertools
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from packcli.data import corpus
+from packcli.config import SourceSpec
+from packcli.data import corpus, formats, hub
+from packcli.data.formats import COMPRESSED, SUFFIXES
 from packcli.errors import ConfigError, DataError
-from packcli.files import digest
+from packcli.files import digest, read_json
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv")
-_HINT = f"give a built-in name ({', '.join(corpus.SOURCES)}), or a file, directory or glob of {' '.join(SUFFIXES)}"
-# Files that `datasets.save_to_disk` writes beside the data.
-_SIDE_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
+PIECE_BYTES = 16 << 20
+_HINT = (
+    f"give a built-in name ({', '.join(corpus.SOURCES)}), a paper set ({', '.join(hub.PAPER_SETS)}), a Hugging "
+    f"Face id (owner/name), or a file, directory or glob of {' '.join(SUFFIXES)}"
+)
+# What `datasets` writes beside the data.
+_INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
+_SIDE_FILES = frozenset({_INFO, _STATE, _SPLITS, "dataset_infos.json"})
 
 
 class Record(NamedTuple):
-    """One raw record. `file`: position in the list of file names; `number`: line or place, from 1."""
+    """One raw record. `file`: position in `names`; `number`: line or place, from 1.
+
+    `value` is a `DataError` where a line of JSON lines cannot be parsed; it says `file:line` and why.
+    """
 
     file: int
     number: int
     value: Any
 
 
-def is_builtin(source: str) -> bool:
-    return source in corpus.SOURCES
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of one file that is read on its own. Pieces depend on the data alone, never on who reads them.
+
+    source        position in the tuple of sources
+    file, name    position in `names`, and what it says there
+    path          what to open; for a built-in corpus its name
+    start, stop   of JSON lines: bytes; of Parquet: row groups; of Arrow: record batches; else the whole file
+    first_number  the number of its first line or row
+    limit         so many records and no more; None: all of them
+    """
+
+    source: int
+    file: int
+    name: str
+    path: str
+    kind: formats.Kind | Literal["builtin"]
+    start: int
+    stop: int
+    first_number: int
+    limit: int | None
 
 
-def files(source: str) -> tuple[Path, ...]:
-    """The local files a source names, sorted.
+def is_builtin(spec: SourceSpec) -> bool:
+    return spec.source in corpus.SOURCES
+
+
+def is_streamed(spec: SourceSpec) -> bool:
+    """Whether a source has no pieces and is read through `stream`."""
+    return spec.streaming and _on_hub(spec)
+
+
+def names(sources: tuple[SourceSpec, ...]) -> tuple[str, ...]:
+    """What messages call each file, in the order `Record.file` counts them.
+
+    A built-in corpus counts as one file, and so does a Hugging Face dataset, which is not loaded for this.
+    """
+    return tuple(name for spec in sources for name in _names(spec))
+
+
+def fingerprint(spec: SourceSpec, sha256_of: Callable[[Path], str]) -> str:
+    """What a source's records depend on: its files' contents in reading order, the corpus version, or the id.
+
+    Weight and mapping are left out, and so is whether a dataset is streamed: the records are the same.
+    """
+    if _on_hub(spec):
+        return hub.identity(spec)
+    if is_builtin(spec):
+        return digest(["corpus", spec.source, corpus.VERSION])
+    return digest([[file.suffix, sha256_of(file)] for file in files(spec)])
+
+
+def pieces(
+    sources: tuple[SourceSpec, ...], max_documents: int | None, piece_bytes: int = PIECE_BYTES
+) -> list[Piece]:
+    """All that is to be read, in order, in pieces of about `piece_bytes`; streamed sources are left out.
+
+    With `max_documents` every piece has a limit, and the limits add up to at most that; what is missing to it is
+    for the streamed sources. No more is read than it takes to find the first `max_documents` records.
 
     Raises:
-        ConfigError: nothing is there, or nothing there has a known suffix.
+        ConfigError: a source is not there.
+        DataError: a file is not what its name says.
+        MissingError: a Hugging Face dataset cannot be had.
     """
-    path = Path(source)
-    if path.is_file():
+    found = []
+    left = max_documents
+    for piece in _unlimited(sources, piece_bytes):
+        if left is None:
+            found.append(piece)
+            continue
+        held = _count(piece, left)
+        found.append(replace(piece, limit=held))
+        left -= held
+        if not left:
+            break
+    return found
+
+
+def read(piece: Piece) -> Iterator[Record]:
+    """The records of one piece, in order.
+
+    Raises:
+        DataError: the file cannot be read on; a single line of JSON lines comes as a record instead.
+    """
+    for number, value in itertools.islice(_values(piece), piece.limit):
+        yield Record(piece.file, number, value)
+
+
+def stream(spec: SourceSpec, skip: int = 0, file: int = 0) -> Iterator[Record]:
+    """The records of a Hugging Face dataset after the first `skip`, over the network.
+
+    `file` is its position in `names`. Raises as `pieces` does.
+    """
+    for number, value in enumerate(hub.rows(spec, skip), skip + 1):
+        yield Record(file, number, value)
+
+
+def files(spec: SourceSpec) -> tuple[Path, ...]:
+    """The local files a source names, sorted by name.
+
+    Raises:
+        ConfigError: nothing is there, or nothing there is of a known type.
+    """
+    path = Path(spec.source)
+    has_splits = (path / _SPLITS).is_file()
+    _refuse_keys_of_the_hub(spec, has_splits)
+    if has_splits:
+        path = _split(path, spec.split)
+    if (path / _STATE).is_file() and (path / _INFO).is_file():
+        found = _saved(path)
+    elif path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in _SIDE_FILES]
-        found = [file for file in found if file.suffix in SUFFIXES]
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_data(file.relative_to(path))]
     else:
-        matches = glob.glob(source, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        matches = glob.glob(spec.source, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [file for file in sorted(map(Path, matches)) if file.is_file()]
     if not found:
-        raise ConfigError(f"no data at `{source}`", _HINT)
-    if unknown := [file for file in found if file.suffix not in SUFFIXES]:
-        raise ConfigError(f"`{unknown[0]}`: unknown file type", _HINT)
+        raise ConfigError(f"no data at `{spec.source}`", _HINT)
+    for file in found:
+        if file.suffix in COMPRESSED:
+            raise ConfigError(f"`{file}` is compressed", "decompress it first, as with `gzip -dk` or `zstd -d`")
+        if file.suffix not in SUFFIXES:
+            raise ConfigError(f"`{file}`: unknown file type", _HINT)
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"`{file}` is missing or may not be read", "check the file and its permissions")
     return tuple(found)
 
 
-def fingerprint(source: str, sha256_of: Callable[[Path], str]) -> str:
-    """What a source's records depend on: file contents in reading order, or the corpus version."""
-    if is_builtin(source):
-        return digest(["corpus", source, corpus.VERSION])
-    return digest([[file.suffix, sha256_of(file)] for file in files(source)])
+def _on_hub(spec: SourceSpec) -> bool:
+    return not is_builtin(spec) and hub.is_dataset(spec.source)
 
 
-def names(sources: tuple[str, ...]) -> tuple[str, ...]:
-    """File names in the order `records` numbers them; a built-in counts as one file."""
-    return tuple(
-        name for source in sources for name in ([source] if is_builtin(source) else map(str, files(source)))
-    )
+def _names(spec: SourceSpec) -> list[str]:
+    if is_builtin(spec):
+        return [spec.source]
+    return [hub.name(spec)] if _on_hub(spec) else [str(file) for file in files(spec)]
 
 
-def records(sources: tuple[str, ...]) -> Iterator[Record]:
-    """All records of all sources, in order.
-
-    Raises:
-        DataError: a line or file that cannot be parsed, named as `file:line`.
-    """
-    position = 0
-    for source in sources:
-        if is_builtin(source):
-            for number, value in enumerate(corpus.conversations(source), 1):
-                yield Record(position, number, value)
-            position += 1
+def _unlimited(sources: tuple[SourceSpec, ...], piece_bytes: int) -> Iterator[Piece]:
+    position = itertools.count()
+    for source, spec in enumerate(sources):
+        if is_builtin(spec):
+            _refuse_keys_of_the_hub(spec)
+            yield Piece(source, next(position), spec.source, spec.source, "builtin", 0, 0, 1, None)
             continue
-        for file in files(source):
-            for number, value in read(file):
-                yield Record(position, number, value)
-            position += 1
+        for name, paths in _paths(spec):
+            file, number = next(position), 1
+            for path in paths:
+                kind = formats.kind(path)
+                for span in formats.spans(path, kind, name, piece_bytes):
+                    yield Piece(source, file, name, str(path), kind, span.start, span.stop, number, None)
+                    number += span.numbers
 
 
-def read(file: Path) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every record in one file, by its suffix."""
-    match file.suffix:
-        case ".jsonl" | ".ndjson":
-            return _jsonl(file)
-        case ".json":
-            return _json(file)
-        case ".csv":
-            return _csv(file)
-        case _:
-            return _columnar(file)
+def _paths(spec: SourceSpec) -> Iterator[tuple[str, tuple[Path, ...]]]:
+    """(name, the files read under it) of a source that is not built in."""
+    if _on_hub(spec):
+        yield hub.name(spec), () if spec.streaming else hub.arrow_files(spec)
+    else:
+        yield from ((str(file), (file,)) for file in files(spec))
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
-                continue
-            try:
-                yield number, orjson.loads(text)
-            except orjson.JSONDecodeError as error:
-                raise DataError(
-                    f"{file}:{number}: not valid JSON: {_reason(error)}", "mend or delete the line"
-                ) from None
+def _count(piece: Piece, most: int) -> int:
+    """Records in a piece without a limit, counted no further than `most`."""
+    if piece.kind == "builtin":
+        return sum(1 for _ in itertools.islice(_values(piece), most))
+    return formats.count(Path(piece.path), piece.kind, piece.name, piece.start, piece.stop, most)
 
 
-def _json(file: Path) -> Iterator[tuple[int, Any]]:
-    """An array of records; a file that holds one JSON object a line is read as JSON lines."""
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip()[:1] == b"{":
-        yield from _jsonl(file)
-        return
-    try:
-        values = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not valid JSON: {_reason(error)}", "mend the file") from None
-    if not isinstance(values, list):
-        raise DataError(
-            f"{file}: holds a {type(values).__name__}, not a list of records", "save it as a list of objects"
+def _values(piece: Piece) -> Iterator[tuple[int, Any]]:
+    if piece.kind == "builtin":
+        return enumerate(corpus.conversations(piece.path), 1)
+    return formats.values(Path(piece.path), piece.kind, piece.name, piece.start, piece.stop, piece.first_number)
+
+
+def _is_data(file: Path) -> bool:
+    """Of the files in a directory; a compressed one counts, to be refused and not passed over."""
+    if file.name in _SIDE_FILES or any(part.startswith(".") for part in file.parts):
+        return False
+    return file.suffix in SUFFIXES or (file.suffix in COMPRESSED and Path(file.stem).suffix in SUFFIXES)
+
+
+def _refuse_keys_of_the_hub(spec: SourceSpec, has_splits: bool = False) -> None:
+    """A key that would change nothing is a mistake: most of all `split`, where a directory is read as a whole."""
+    given = {"subset": spec.subset, "revision": spec.revision, "streaming": spec.streaming}
+    given["split"] = not has_splits and spec.split != SourceSpec.model_fields["split"].default
+    for key, value in given.items():
+        if value:
+            raise ConfigError(f"`{spec.source}`: `{key}` is for Hugging Face datasets", "leave it out")
+
+
+def _split(directory: Path, split: str) -> Path:
+    """The directory of one split of what `DatasetDict.save_to_disk` wrote."""
+    listed = _json(directory / _SPLITS)["splits"]
+    if split not in listed:
+        raise ConfigError(
+            f"`{directory}` has no split `{split}`; it has: {', '.join(listed)}", "set `split` to one of them"
         )
-    yield from enumerate(values, 1)
+    return directory / split
 
 
-def _reason(error: orjson.JSONDecodeError) -> str:
-    message = error.msg.partition(":")[0]
-    if "UTF-8" in message or "utf-8" in message:
-        return "it is not UTF-8 text; save the file as UTF-8"
-    # At the end of the data orjson counts from the start again.
-    return message if "end of data" in message else f"{message} (column {error.colno})"
+def _saved(directory: Path) -> list[Path]:
+    """The files of what `Dataset.save_to_disk` wrote; others there are caches of its `map`."""
+    return [directory / file["filename"] for file in _json(directory / _STATE)["_data_files"]]
 
 
-def _csv(file: Path) -> Iterator[tuple[int, Any]]:
-    # Not pandas or pyarrow: both read a literal "None" or "NA" in a text column as null.
-    csv.field_size_limit(64 << 20)
-    hint = "save it as UTF-8 CSV with a header line; quote fields that hold a comma"
-    line = 1
+def _json(path: Path) -> Any:
     try:
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text, strict=True)
-            for number, value in enumerate(reader, 1):
-                line = reader.line_num
-                if None in value:  # a text cut at its own comma would be trained on as if it were whole
-                    raise DataError(f"{file}:{line}: more fields than the header has", hint)
-                yield number, value
-                line += 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{file}:{line}: not valid CSV: {error}", hint) from None
-
-
-def _columnar(file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        if file.suffix == ".parquet":
-            batches: Any = pq.ParquetFile(file).iter_batches()
-        else:
-            batches = _arrow_batches(file)
-        for batch in batches:
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
-    except (pa.ArrowException, OSError) as error:  # damaged pages come as OSError
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{file}: not a readable {file.suffix[1:]} file: {reason}", "make the file again"
-        ) from None
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Arrow as a stream (what `datasets` writes) or as a file with a footer."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as mapped:
-        try:
-            reader: Any = pa.ipc.open_stream(mapped)
-            yield from reader
-        except pa.ArrowInvalid:
-            mapped.seek(0)
-            reader = pa.ipc.open_file(mapped)
-            for index in range(reader.num_record_batches):
-                yield reader.get_batch(index)
+        return read_json(path)
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise DataError(f"{path}: not readable: {error}", "save the dataset again") from None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from packcli.data import chat, sources
+from packcli.data import chat, conversations, render, sources
 from packcli.errors import ConfigError, DataError
+from packcli.files import atomic_directory
 from packcli.plan import TokenizerOrder, TokensOrder
 
+_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-# How templates spell control tokens. A trained tokenizer gets one id for each that its template writes.
-_CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
 
 
 def build(order: TokensOrder) -> Any:
@@ -23,7 +22,13 @@ def build(order: TokensOrder) -> Any:
     """
     tokenizer = _load(order.tokenizer) if order.tokenizer.name else _train(order.tokenizer)
     if order.template is not None:
-        tokenizer.chat_template = chat.template_text(order.template)
+        tokenizer.chat_template = render.template_text(order.template)
+        if missing := render.missing_tokens(tokenizer.chat_template, tokenizer):
+            name = order.tokenizer.name
+            raise ConfigError(
+                f"template `{order.template}` writes {', '.join(missing)}, which tokenizer `{name}` lacks",
+                "set `data.template` to `plain`, or take a tokenizer that has them",
+            )
     if not tokenizer.chat_template:
         raise ConfigError(
             f"tokenizer `{order.tokenizer.name}` has no chat template",
@@ -58,8 +63,8 @@ def _train(order: TokenizerOrder) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    template = chat.template_text(order.template)
-    special = [END_OF_TEXT, *dict.fromkeys(_CONTROL.findall(template))]
+    template = render.template_text(order.template)
+    special = [END_OF_TEXT, *render.control_tokens(template)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -82,42 +87,21 @@ def _train(order: TokenizerOrder) -> Any:
 
 def _training_split(order: TokenizerOrder) -> list[chat.Messages]:
     kept, reasons = [], set()
-    for messages in conversations(order.sources, order.mapping, order.max_documents):
-        if isinstance(messages, chat.Rejected):
-            reasons.add(str(messages))
-        elif not chat.in_validation(chat.content_hash(messages), order.validation):
-            kept.append(messages)
+    for _, found in conversations.everything(order.sources, order.max_documents):
+        if isinstance(found, chat.Rejected | DataError):
+            reasons.add(str(found))
+        elif isinstance(found, list) and not chat.in_validation(chat.content_hash(found), order.validation):
+            kept.append(found)
     if not kept:
         why = ", ".join(sorted(reasons)[:3]) or "the source is empty, or all of it is held out for validation"
-        found = ", ".join(sources.names(order.sources))
-        raise DataError(f"no usable conversation to train a tokenizer on in {found}: {why}", "see docs/data.md")
+        found_in = ", ".join(sources.names(order.sources))
+        raise DataError(f"no usable conversation to train a tokenizer on in {found_in}: {why}", "see docs/data.md")
     return kept
 
 
-def conversations(source_names: tuple[str, ...], mapping: dict[str, str] | None, max_documents: int | None) -> Any:
-    """Each record as a conversation, or the `Rejected` that says why not; see `located` for where from."""
-    return (messages for _, messages in located(source_names, mapping, max_documents))
-
-
-def located(source_names: tuple[str, ...], mapping: dict[str, str] | None, max_documents: int | None) -> Any:
-    """(record, conversation or `Rejected`) for the first `max_documents` records."""
-    files = sources.names(source_names)
-    schemas: dict[int, chat.Schema] = {}
-    for count, record in enumerate(sources.records(source_names)):
-        if count == max_documents:
-            return
-        value = _mapped(record.value, mapping)
-        if record.file not in schemas:
-            schemas[record.file] = chat.detect(value, f"{files[record.file]}:{record.number}")
-        try:
-            yield record, chat.conversation(value, schemas[record.file])
-        except chat.Rejected as reason:
-            yield record, reason
-
-
-def _mapped(value: Any, mapping: dict[str, str] | None) -> Any:
-    """`mapping`: the field packcli knows -> the name it has in the file."""
-    if not mapping or not isinstance(value, dict):
-        return value
-    renamed = {ours: value[theirs] for ours, theirs in mapping.items() if theirs in value}
-    return {**{key: inner for key, inner in value.items() if key not in mapping.values()}, **renamed}
+def prepare(order: TokensOrder, directory: Path) -> None:
+    """Put the tokenizer of an order into `directory`, unless it is there."""
+    if not (directory / _FILE).exists():
+        tokenizer = build(order)
+        with atomic_directory(directory, replace=False) as unfinished:
+            tokenizer.save_pretrained(unfinished)

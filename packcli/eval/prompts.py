@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from packcli.data import corpus
+from packcli.data.render import special_tokens
 from packcli.errors import ConfigError
 from packcli.eval.protocol import Task
 from packcli.files import digest
@@ -51,7 +52,7 @@ def end_of_turn(tokenizer: Any) -> str:
     _, found, rest = rendered.rpartition(_REPLY)
     if not found:
         raise ConfigError("the chat template does not show what the assistant said", "check the template")
-    starts = {rest.find(token): token for token in sorted(_special_tokens(tokenizer), key=len) if token in rest}
+    starts = {rest.find(token): token for token in sorted(special_tokens(tokenizer), key=len) if token in rest}
     if starts:
         first = min(starts)
         return rest[: first + len(starts[first])]
@@ -60,7 +61,7 @@ def end_of_turn(tokenizer: Any) -> str:
 
 def rendering_key(tokenizer: Any) -> str:
     """Equal for two tokenizers whose chat template turns the same items into the same text."""
-    return digest([tokenizer.chat_template, tokenizer.special_tokens_map, sorted(_special_tokens(tokenizer))])
+    return digest([tokenizer.chat_template, tokenizer.special_tokens_map, sorted(special_tokens(tokenizer))])
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -70,9 +71,3 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 def _lines(messages: list[dict[str, str]]) -> str:
     return "".join(message["content"] + "\n" for message in messages)
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    """Texts of the tokens marked special, whether they have a role (`eos_token`) or are only added."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)

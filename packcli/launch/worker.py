@@ -6,9 +6,7 @@ worker's log. It dies with its parent, whatever kills that.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 import traceback
@@ -20,6 +18,7 @@ import orjson
 from packcli import stages
 from packcli.errors import PackcliError
 from packcli.plan import EvalOrder, IndexOrder, TokensOrder, TrainOrder
+from packcli.processes import die_with_parent
 from packcli.store import Store
 
 _ORDERS: dict[str, type[TokensOrder | IndexOrder | TrainOrder]] = {
@@ -28,15 +27,6 @@ _ORDERS: dict[str, type[TokensOrder | IndexOrder | TrainOrder]] = {
     "train": TrainOrder,
 }
 _NOTE_EVERY_S = 0.2
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere a no-op)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 class Worker:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from packcli import batching
 from packcli.config import ArmSpec
 from packcli.data.index import Index
 from packcli.data.tokens import Tokens
@@ -26,6 +27,7 @@ class Batch:
     segments                  lengths of the runs of slots within which attention is causal; they sum to N
     predict                   [M] int64, slots whose hidden state predicts a label (already shifted by one)
     labels                    [M] int64, the tokens to predict
+    weights                   [M] float32, of each label in the loss; None: all count 1
     """
 
     input_ids: torch.Tensor
@@ -33,6 +35,7 @@ class Batch:
     segments: tuple[int, ...]
     predict: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor | None = None
 
     @property
     def num_slots(self) -> int:
@@ -41,56 +44,112 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        moved = [
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.predict, self.labels)
-        ]
-        return Batch(moved[0], moved[1], self.segments, moved[2], moved[3])
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            moved(self.input_ids),
+            moved(self.position_ids),
+            self.segments,
+            moved(self.predict),
+            moved(self.labels),
+            None if self.weights is None else moved(self.weights),
+        )
 
 
 def collate(
-    tokens: Tokens, index: Index, rows: Sequence[int], arm: ArmSpec, max_length: int, pad_id: int
+    tokens: Tokens,
+    index: Index,
+    rows: Sequence[int],
+    arm: ArmSpec,
+    max_length: int,
+    pad_id: int,
+    piece_weights: np.ndarray | None = None,
 ) -> Batch:
-    """The rows given, in order. No rows: one slot without a label, so that every rank has a forward pass."""
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    segments: list[int] = []
-    predict: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    slot = 0
+    """The rows given, in order. No rows: one slot without a label, so that every rank has a forward pass.
+
+    `piece_weights` [S] float: what each label of a piece of the index counts in the loss.
+    """
+    flat = _Flat()
+    width = _width(index, rows, arm, max_length)
     for row in rows:
-        first, last = index.rows.offsets[row], index.rows.offsets[row + 1]
-        filled = 0
-        for piece in range(first, last):
+        filled, begun, previous = 0, 0, -1
+        for piece in range(index.rows.offsets[row], index.rows.offsets[row + 1]):
             document = int(index.rows.document[piece])
             start, stop = int(index.rows.start[piece]), int(index.rows.stop[piece])
-            length = stop - start
-            piece_ids = tokens.ids(document)[start:stop]
-            ids.append(piece_ids)
-            offset = filled if arm.positions == "continue" else 0
-            positions.append(np.arange(offset, offset + length))
-            # Relative to the piece; its first token is no label, whatever the span says.
-            for span_start, span_stop in tokens.supervised(document) - start:
-                target = np.arange(max(int(span_start), 1), min(int(span_stop), length))
-                predict.append(target + (slot + filled - 1))
-                labels.append(piece_ids[target])
+            if document != previous:  # else it goes on after a turn that was cut short
+                previous, begun = document, filled
+                if arm.attention == "document":
+                    flat.segments.append(0)
             if arm.attention == "document":
-                segments.append(length)
-            filled += length
-        padding = max_length - filled if arm.pad_to == "max_length" else 0
-        if padding:
-            ids.append(np.full(padding, pad_id))
-            positions.append(np.arange(filled, filled + padding))
-        _close_row(segments, arm, filled, padding)
-        slot += filled + padding
-    if not slot:
-        ids, positions, segments = [np.full(1, pad_id)], [np.zeros(1, np.int64)], [1]
+                flat.segments[-1] += stop - start
+            offset = filled if arm.positions == "continue" else filled - begun
+            weight = None if piece_weights is None else float(piece_weights[piece])
+            # The first token of a document in a row is no label, whatever the span says.
+            flat.add(
+                tokens.ids(document)[start:stop],
+                offset,
+                tokens.supervised(document) - start,
+                filled > begun,
+                weight,
+            )
+            filled += stop - start
+        if padding := max(0, width - filled):
+            flat.pad(padding, filled, pad_id)
+        _close_row(flat.segments, arm, filled, padding)
+    if not flat.slots:
+        flat.pad(1, 0, pad_id)
+        flat.segments.append(1)
     return Batch(
-        input_ids=_tensor(ids)[None],
-        position_ids=_tensor(positions)[None],
-        segments=tuple(segments),
-        predict=_tensor(predict),
-        labels=_tensor(labels),
+        input_ids=_tensor(flat.ids)[None],
+        position_ids=_tensor(flat.positions)[None],
+        segments=tuple(flat.segments),
+        predict=_tensor(flat.predict),
+        labels=_tensor(flat.labels),
+        weights=None if piece_weights is None else torch.tensor(flat.weights, dtype=torch.float32),
     )
+
+
+class _Flat:
+    """A batch while it grows."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[int] = []
+        self.predict: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.weights: list[float] = []
+        self.slots = 0
+
+    def add(self, ids: np.ndarray, offset: int, spans: np.ndarray, continued: bool, weight: float | None) -> None:
+        """A piece; `spans` [P, 2] relative to its first token, `offset` its first position."""
+        for start, stop in spans:
+            target = np.arange(max(int(start), 0 if continued else 1), min(int(stop), len(ids)))
+            self.predict.append(target + (self.slots - 1))
+            self.labels.append(ids[target])
+            if weight is not None:
+                self.weights += [weight] * len(target)
+        self.ids.append(ids)
+        self.positions.append(np.arange(offset, offset + len(ids)))
+        self.slots += len(ids)
+
+    def pad(self, count: int, offset: int, pad_id: int) -> None:
+        self.ids.append(np.full(count, pad_id))
+        self.positions.append(np.arange(offset, offset + count))
+        self.slots += count
+
+
+def _width(index: Index, rows: Sequence[int], arm: ArmSpec, max_length: int) -> int:
+    """Slots of each row; 0: as many as it has tokens."""
+    match arm.pad_to:
+        case "none":
+            return 0
+        case "max_length":
+            return max_length
+        case "longest":
+            return batching.longest(index.tokens[list(rows)], max_length) if len(rows) else 0
 
 
 def _close_row(segments: list[int], arm: ArmSpec, filled: int, padding: int) -> None:

@@ -41,12 +41,17 @@ _BLOCKS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("rows", "rows"), ("  fewest possible", "rows_lower_bound")),
 )
 
+_REMARKS = (
+    ("conversations say the same as another one (kept)", "conversations_repeated"),
+    ("conversations were left out by the weights of their sources", "conversations_not_drawn"),
+)
+
 
 def collect(plan: Plan, store: Store) -> dict[str, Any]:
     """The contract's `prepare` document; `ledger` is null for a cell whose prepare failed."""
     cells = []
     for cell in plan.cells:
-        manifest = store.manifest("index", cell.index)
+        manifest, source = store.manifest("index", cell.index), store.manifest("tokens", cell.tokens)
         cells.append(
             {
                 "cell": cell.id,
@@ -56,6 +61,8 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
                 "index_path": str(store.directory("index", cell.index)),
                 "rejected_path": str(store.rejected(cell.tokens)),
                 "ledger": manifest.results["ledger"] if manifest else None,
+                "conversations_repeated": source.results["duplicates"] if source else None,
+                "conversations_not_drawn": source.results["not_drawn"] if source else None,
             }
         )
     return {"cells": cells}
@@ -72,6 +79,9 @@ def table(document: dict[str, Any]) -> Table:
     rejecting = (c for c in document["cells"] if c["ledger"] and c["ledger"]["conversations_rejected"])
     for path in dict.fromkeys(cell["rejected_path"] for cell in rejecting):
         caption += f"\nRejected conversations, with reasons: {escape(path)}"
+    for words, key in _REMARKS:
+        if most := max((cell[key] or 0 for cell in document["cells"]), default=0):
+            caption += f"\n{most:,} {words}"
     shown = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     shown.add_column("ledger", no_wrap=True)
     for name, _ in columns:

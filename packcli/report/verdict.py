@@ -35,7 +35,9 @@ def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
 
 
 def _origin(plan: Plan, rows: Sequence[Row]) -> list[str]:
-    synthetic = [all(source in SOURCES for source in plan.tokens[cell.tokens].sources) for cell in plan.cells]
+    synthetic = [
+        all(source.source in SOURCES for source in plan.tokens[cell.tokens].sources) for cell in plan.cells
+    ]
     toy = all(plan.trains[cell.train].model.config is not None for cell in plan.cells)
     found = []
     if all(synthetic):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from packcli import flops
+from packcli import batching, flops
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.data.tokenizer import load_directory
@@ -26,7 +26,7 @@ from packcli.model.collate import collate
 from packcli.plan import TrainOrder
 from packcli.seeds import integer
 from packcli.store import Store
-from packcli.train import batches, checkpoint, distributed, loss, optim
+from packcli.train import checkpoint, distributed, loss, optim
 from packcli.train.distributed import Processes
 
 Note = Callable[[int, int, str], None]
@@ -60,7 +60,8 @@ def train(
     # Data ---------------------------------------------------------------------------------------------
     tokens = Tokens(store, order.tokens, files=files, shards=shards)
     rows = indexes.read(store.rows(order.index))
-    steps = batches.plan(rows, spec, order.seed)
+    steps = batching.run_steps(rows.sizes, spec, arm.order, order.seed)
+    weighting = loss.weighting(arm.loss, rows, indexes.Labels(tokens))
     tokenizer = load_directory(store.tokenizer(order.tokens))
     pad_id = tokenizer.pad_token_id or 0
 
@@ -90,19 +91,25 @@ def train(
             # Seeded by the step, so that a resumed run drops what an uninterrupted one does.
             torch.manual_seed(integer(order.seed, "dropout", step) + processes.rank)
             supervised = int(rows.supervised[chosen].sum())
-            micro_batches = batches.share(chosen, processes.rank, processes.world, spec.micro_batch)
+            shares = [
+                batching.share(chosen, rank, processes.world, spec.micro_batch) for rank in range(processes.world)
+            ]
+            micro_batches = shares[processes.rank]
+            divisor = weighting.divisor(chosen, [own for share in shares for own in share], rows.supervised)
             slots, total = 0, torch.zeros((), device=processes.device)
             for number, own in enumerate(micro_batches):
-                batch = collate(tokens, rows, own.tolist(), arm, order.max_length, pad_id).to(processes.device)
+                batch = collate(tokens, rows, own.tolist(), arm, order.max_length, pad_id, weighting.pieces).to(
+                    processes.device
+                )
                 distributed.sync_gradients(model, processes, number == len(micro_batches) - 1)
                 with autocast():
-                    summed = loss.token_sum(model, batch)
-                # Divided by the step's global count, so micro-batches and ranks only split a sum. FSDP
+                    summed = loss.token_sum(model, batch) * weighting.scale(own, rows.supervised)
+                # Divided by what the step holds on all ranks, so micro-batches and ranks only split a sum. FSDP
                 # averages gradients over ranks; the factor undoes that.
-                torch.autograd.backward(summed * (processes.world / max(1, supervised)))
+                torch.autograd.backward(summed * (processes.world / max(1.0, divisor)))
                 total += summed.detach()
                 slots += batch.num_slots if len(own) else 0
-            mean = float(processes.sum(total)) / max(1, supervised)
+            mean = float(processes.sum(total)) / max(1.0, divisor)
             norm = _clip(model, spec.clip)
             if not (math.isfinite(mean) and math.isfinite(norm)):
                 raise _diverged(step, mean, norm, rows, chosen.tolist(), tokens)
@@ -247,7 +254,7 @@ def _validation_loss(
     model.eval()
     every = torch.arange(held.rows.num_rows).numpy()
     with torch.no_grad():
-        for own in batches.share(every, processes.rank, processes.world, 16):
+        for own in batching.share(every, processes.rank, processes.world, 16):
             batch = collate(tokens, held, own.tolist(), alone, order.max_length, pad_id).to(processes.device)
             total += loss.token_sum(model, batch).double()
     model.train()

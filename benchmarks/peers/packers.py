@@ -1,0 +1,124 @@
+"""Time one packer on given lengths: `packers.py PACKER LENGTHS.npy MAX_LENGTH`. Prints JSON.
+
+Runs in the environment of the program whose packer it is; `../packing.py` calls it. The packer alone is timed, not
+the imports, reading the lengths or compiling. A peer's is called as its program calls it, less what that adds
+around it: LLaMA-Factory's returns lengths and names no documents, TRL's gets documents without tokens, so that
+there are none to move, and no `datasets.map` around it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import measure
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Packer = Callable[[Ints, int], int]  # lengths, max_length -> number of rows
+
+WINDOW = 1000  # documents that TRL and LLaMA-Factory pack at a time by default, and the paper's code
+
+
+def packcli(name: str) -> Packer:
+    from packcli import packing, released
+
+    if not name.startswith("released."):
+        return lambda lengths, max_length: (
+            getattr(packing, name)(lengths, max_length, np.random.default_rng(1)).num_rows
+        )
+    packer = getattr(released, name.removeprefix("released."))
+    return lambda lengths, max_length: (
+        packer(lengths, max_length, released.windows(len(lengths), WINDOW, 64)).num_rows
+    )
+
+
+def trl(name: str) -> Packer:
+    """`pack_dataset(strategy="bfd")`."""
+    import pyarrow as pa
+    from trl.data_utils import _pack_bfd
+
+    def bfd(lengths: Ints, max_length: int) -> int:
+        ends = np.append(0, np.cumsum(lengths))
+        small = ends[-1] < 2**31
+        kind, offsets = (pa.ListArray, pa.int32()) if small else (pa.LargeListArray, pa.int64())
+        documents = kind.from_arrays(pa.array(ends, offsets), pa.nulls(int(ends[-1])))
+        return len(_pack_bfd(pa.table({"input_ids": documents}), max_length))
+
+    return bfd if name == "bfd, whole set" else _windowed(bfd)
+
+
+def llamafactory(name: str) -> Packer:
+    """What `packing: true` decides by which documents share a row."""
+    from llamafactory.data.processor.processor_utils import greedy_knapsack
+
+    def knapsack(lengths: Ints, max_length: int) -> int:
+        return len(greedy_knapsack(lengths.tolist(), max_length))
+
+    return knapsack if name == "greedy_knapsack, whole set" else _windowed(knapsack)
+
+
+def axolotl(name: str) -> Packer:
+    """`MultipackBatchSampler` as its configuration sets it by default: groups of 100,000, 200 a row."""
+    packers = _axolotl_file("utils/samplers/multipack.py")
+
+    def parallel(lengths: Ints, max_length: int) -> int:
+        rows = packers.pack_parallel(
+            lengths.astype(np.int32), bin_capacity=max_length, group_size=100_000, bin_size=200, num_processes=1
+        )
+        return len(rows)
+
+    def sequential(lengths: Ints, max_length: int) -> int:
+        return len(packers.allocate_sequentially(lengths.astype(np.int32), 0, max_length, 1)[0])
+
+    return parallel if name == "pack_parallel" else sequential
+
+
+def _axolotl_file(name: str) -> ModuleType:
+    """One file of axolotl without the rest; the two functions of its own that it imports are not for packing."""
+    for stub, function in (("distributed", "reduce_and_broadcast"), ("logging", "get_logger")):
+        sys.modules[f"axolotl.utils.{stub}"] = module = ModuleType(stub)
+        setattr(module, function, logging.getLogger)
+    package = find_spec("axolotl")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    found = spec_from_file_location("multipack", Path(package.submodule_search_locations[0]) / name)
+    assert found is not None
+    assert found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _windowed(packer: Packer) -> Packer:
+    return lambda lengths, max_length: sum(
+        packer(lengths[first : first + WINDOW], max_length) for first in range(0, len(lengths), WINDOW)
+    )
+
+
+PROGRAMS = {"packcli": packcli, "trl": trl, "llamafactory": llamafactory, "axolotl": axolotl}
+
+
+def main() -> None:
+    full_name, file, max_length = sys.argv[1:]
+    program, name = full_name.split(":")
+    lengths = np.load(file)
+    packer = PROGRAMS[program](name)
+    packer(lengths[:2000], int(max_length))  # compiles
+    began = measure.cpu_s()
+    rows = packer(lengths, int(max_length))
+    taken = measure.cpu_s() - began
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"version": version(program), "cpu_s": taken, "rows": rows, "peak_mib": peak_mib}))
+
+
+if __name__ == "__main__":
+    main()

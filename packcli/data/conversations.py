@@ -1,0 +1,97 @@
+"""Records of a source as conversations: the mapping, the schema of each file, one record after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from packcli.config import SourceSpec
+from packcli.data import chat, sources, tokenized
+from packcli.data.sources import Piece, Record
+from packcli.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A record that is tokenized already: one document, or the several of a packed row."""
+
+    documents: list[tokenized.Document]
+
+
+Found = chat.Messages | Tokenized | chat.Rejected | DataError
+"""A conversation, or why there is none: `Rejected` (not usable) or `DataError` (not even parsed)."""
+
+
+def parsed(records: Iterable[Record], source: SourceSpec, schema: chat.Schema) -> Iterator[tuple[Record, Found]]:
+    """Each record with what it holds."""
+    mapping = source.mapping
+    for record in records:
+        value = record.value
+        if isinstance(value, DataError):
+            yield record, value
+            continue
+        try:
+            if mapping:
+                value = mapped(value, mapping)
+            if schema == "tokenized":
+                yield record, Tokenized(tokenized.documents(value))
+            else:
+                yield record, chat.conversation(value, schema)
+        except chat.Rejected as reason:
+            yield record, reason
+
+
+def mapped(value: Any, mapping: dict[str, str]) -> Any:
+    """`mapping`: the field packcli knows -> the name it has in the file."""
+    if not isinstance(value, dict):
+        return value
+    renamed = {ours: value[theirs] for ours, theirs in mapping.items() if theirs in value}
+    return {**{key: inner for key, inner in value.items() if key not in mapping.values()}, **renamed}
+
+
+def schema_of(records: Iterable[Record], source: SourceSpec, file: str) -> chat.Schema | None:
+    """The schema of a file, from its first record that can be parsed; None when it has none.
+
+    Raises:
+        DataError: no schema fits.
+    """
+    for record in records:
+        if not isinstance(record.value, DataError):
+            value = mapped(record.value, source.mapping) if source.mapping else record.value
+            return chat.detect(value, f"{file}:{record.number}")
+    return None
+
+
+class Schemas:
+    """The schema of every file, each looked up once."""
+
+    def __init__(self, order_sources: tuple[SourceSpec, ...], first: dict[int, Piece]) -> None:
+        self._sources, self._first = order_sources, first
+        self._names = sources.names(order_sources)
+        self._known: dict[int, chat.Schema | None] = {}
+
+    def of(self, file: int) -> chat.Schema | None:
+        if file not in self._known:
+            piece = self._first[file]
+            source = self._sources[piece.source]
+            self._known[file] = schema_of(sources.read(piece), source, self._names[file])
+        return self._known[file]
+
+
+def everything(order_sources: tuple[SourceSpec, ...], max_documents: int | None) -> Iterator[tuple[Record, Found]]:
+    """All records of all sources, in order, streams last."""
+    pieces = sources.pieces(order_sources, max_documents)
+    schemas = Schemas(order_sources, first_pieces(pieces))
+    for piece in pieces:
+        schema = schemas.of(piece.file)
+        if schema is not None:
+            yield from parsed(sources.read(piece), order_sources[piece.source], schema)
+
+
+def first_pieces(pieces: Iterable[Piece]) -> dict[int, Piece]:
+    """The piece each file begins with."""
+    first: dict[int, Piece] = {}
+    for piece in pieces:
+        first.setdefault(piece.file, piece)
+    return first

@@ -1,0 +1,229 @@
+"""Conversations -> token store: which shards there are, who makes them, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packcli import processes
+from packcli.data import conversations, hub, sources, tokens
+from packcli.data import tokenizer as tokenizers
+from packcli.data.shards import Maker
+from packcli.data.sources import Piece, Record
+from packcli.data.tokens import Tokens
+from packcli.errors import DataError
+from packcli.files import atomic_write, json_line, read_json, write_json
+from packcli.plan import TokensOrder
+from packcli.store import Store
+
+STREAM_CHUNK = 8192
+"""Conversations of one shard of a streamed source."""
+
+Ints = NDArray[np.int64]
+Note = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A shard to make: its number, its piece, and the piece its file begins with (which tells the schema)."""
+
+    number: int
+    piece: Piece
+    first: Piece
+
+
+def build(order: TokensOrder, store: Store, note: Note) -> dict[str, Any]:
+    """Make every shard that is missing, then `rejected.jsonl`; the counts for the manifest.
+
+    Raises:
+        DataError: a file cannot be parsed, no schema fits it, or every conversation was rejected.
+    """
+    tasks = make(order, store, note)
+    count = len(tasks) + _make_streams(order, store, len(tasks), note)
+    return _merge(order, store, count)
+
+
+def make(order: TokensOrder, store: Store, note: Note, part: tuple[int, int] = (0, 1)) -> list[Task]:
+    """Make the missing shards of one part of all: (k, n) takes every n-th, from the k-th. All tasks, done or not.
+
+    Parts are independent: they may run at once on many nodes that share a file system.
+    """
+    tokenizers.prepare(order, store.tokenizer(order.id))
+    tasks = _tasks(order, store)
+    todo = [task for task in tasks if task.number % part[1] == part[0]]
+    missing = [task for task in todo if not store.shard_record(order.id, task.number).exists()]
+    count = min(order.processes or processes.cores(), len(missing))
+    done, made = len(todo) - len(missing), 0
+    for _, record in processes.imap(_Worker, (order, store.root), missing, count):
+        done, made = done + 1, made + record["tokens"]
+        note(done, len(todo), f"{made:,} tokens")
+    return tasks
+
+
+def _tasks(order: TokensOrder, store: Store) -> list[Task]:
+    """What to read for each shard; kept in the store, because finding line ends reads every file once."""
+    path = store.pieces(order.id)
+    if path.exists():
+        pieces = [Piece(**item) for item in read_json(path)]
+    else:
+        pieces = sources.pieces(order.sources, order.max_documents)
+        write_json(path, [asdict(piece) for piece in pieces])
+    first = conversations.first_pieces(pieces)
+    return [Task(number, piece, first[piece.file]) for number, piece in enumerate(pieces)]
+
+
+class _Worker:
+    """Makes shards in a process of its own; everything but the task is known beforehand."""
+
+    def __init__(self, order: TokensOrder, root: Path) -> None:
+        self._order, self._store = order, Store(root)
+        self._maker = Maker(order, tokenizers.load_directory(self._store.tokenizer(order.id)))
+        self._names = sources.names(order.sources)
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        source = self._order.sources[task.piece.source]
+        name = self._names[task.piece.file]
+        schema = conversations.schema_of(sources.read(task.first), source, name) or "messages"
+        shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
+        return tokens.write(shard, self._store, self._order.id, task.number, self._maker.engine)
+
+
+def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> int:
+    """Shards of streamed sources, one after another: their length is not known. How many there are."""
+    streamed = [source for source in order.sources if sources.is_streamed(source)]
+    if not streamed:
+        return 0
+    maker = Maker(order, tokenizers.load_directory(store.tokenizer(order.id)))
+    begun = number
+    left = order.max_documents
+    if left is not None:
+        left -= sum(read_json(store.shard_record(order.id, other))["read"] for other in range(number))
+    files = sources.names(order.sources)
+    for source in streamed:
+        skip, schema, file = 0, None, files.index(sources.names((source,))[0])
+        while left is None or left > 0:
+            size = STREAM_CHUNK if left is None else min(left, STREAM_CHUNK)
+            path = store.shard_record(order.id, number)
+            if not path.exists():
+                chunk = list(islice(sources.stream(source, skip, file), size))
+                if not chunk:
+                    break
+                schema = schema or conversations.schema_of(chunk, source, source.source)
+                shard = maker.make(source, _again(chunk), schema or "messages")
+                tokens.write(shard, store, order.id, number, maker.engine)
+            record = read_json(path)
+            skip, number = skip + record["read"], number + 1
+            left = None if left is None else left - record["read"]
+            note(0, 0, f"{skip:,} conversations streamed")
+            if record["read"] < size:
+                break
+    return number - begun
+
+
+def _again(chunk: list[Record]) -> Callable[[], list[Record]]:
+    return lambda: chunk
+
+
+def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
+    records = [read_json(store.shard_record(order.id, number)) for number in range(count)]
+    keys = ("conversations", "not_drawn", "documents", "tokens", "errors")
+    totals = {key: sum(record[key] for record in records) for key in keys}
+    rejected = [item for record in records for item in record["rejected"]]
+    if totals["errors"] > order.max_errors:
+        cause = f"{totals['errors']:,} lines could not be parsed, more than `data.max_errors: {order.max_errors}`"
+        raise DataError(cause, f"the first: {rejected[0]['reason']}")
+    _write_rejected(store.rejected(order.id), rejected)
+    files = sources.names(order.sources)
+    if not totals["documents"]:
+        reasons = ", ".join(sorted({item["reason"] for item in rejected})[:3]) or "the source is empty"
+        raise DataError(f"no usable conversation in {', '.join(files)}: {reasons}", "see docs/data.md")
+    content = Tokens(store, order.id, files=list(files), shards=count).content
+    return {
+        **totals,
+        "rejected": len(rejected),
+        "duplicates": len(content) - len(np.unique(content)),
+        "shards": count,
+        "files": list(files),
+        "vocab_size": len(tokenizers.load_directory(store.tokenizer(order.id))),
+        "stop_token_ids": sorted({token for record in records for token in record["stop_token_ids"]}),
+    }
+
+
+def provenance(order: TokensOrder, store: Store) -> dict[str, Any]:
+    """What may differ between machines and yet gives the same bytes, and which revisions names meant."""
+    engines = {read_json(path)["engine"] for path in store.shard_records(order.id)}
+    return {
+        "engines": sorted(engines),
+        "revisions": [hub.resolved(source) for source in order.sources if hub.is_dataset(source.source)],
+    }
+
+
+def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
+    with atomic_write(path) as file:
+        for item in rejected:
+            file.write(json_line(item))
+
+
+# Lengths alone, nothing written ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What packing needs to know of D documents, in memory (`index.Documents`), and what was read to learn it."""
+
+    lengths: Ints
+    content: NDArray[np.uint64]
+    spans: tuple[Ints, Ints, Ints]
+    conversations: int
+    rejected: list[dict[str, Any]]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+
+def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
+    """Tokenize everything and keep the lengths; `directory`: where the tokenizer is put for worker processes."""
+    tokenizers.prepare(order, directory)
+    pieces = sources.pieces(order.sources, order.max_documents)
+    first = conversations.first_pieces(pieces)
+    tasks = [Task(number, piece, first[piece.file]) for number, piece in enumerate(pieces)]
+    count = min(order.processes or processes.cores(), len(tasks))
+    finished: dict[int, Any] = {}
+    for place, part in processes.imap(_Measurer, (order, directory), tasks, count):
+        finished[place] = part
+        note(len(finished), len(tasks), f"{sum(int(p[0].sum()) for p in finished.values()):,} tokens")
+    parts = [finished[place] for place in range(len(tasks))]
+    base = np.cumsum([0, *(len(part[0]) for part in parts)])
+    return Lengths(
+        lengths=np.concatenate([part[0] for part in parts]),
+        content=np.concatenate([part[1] for part in parts]),
+        spans=(
+            np.concatenate([part[2] + first for part, first in zip(parts, base, strict=False)]),
+            np.concatenate([part[3] for part in parts]),
+            np.concatenate([part[4] for part in parts]),
+        ),
+        conversations=sum(part[5] for part in parts),
+        rejected=[item for part in parts for item in part[6]],
+    )
+
+
+class _Measurer:
+    def __init__(self, order: TokensOrder, directory: Path) -> None:
+        self._order = order
+        self._maker = Maker(order, tokenizers.load_directory(directory))
+        self._names = sources.names(order.sources)
+
+    def __call__(self, task: Task) -> tuple[Any, ...]:
+        source, name = self._order.sources[task.piece.source], self._names[task.piece.file]
+        schema = conversations.schema_of(sources.read(task.first), source, name) or "messages"
+        shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
+        document = np.repeat(np.arange(shard.num_documents), np.diff(shard.span_offsets))
+        start, stop = shard.spans.astype(np.int64).T
+        return np.diff(shard.offsets), shard.content, document, start, stop, shard.conversations, shard.rejected

@@ -1,0 +1,79 @@
+"""Worker processes: a callable built once in each, items handed out in order, none orphaned."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from packcli.errors import RunError
+
+_PR_SET_PDEATHSIG = 1
+_call: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux; elsewhere a no-op)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def imap(
+    make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], items: Sequence[Any], count: int
+) -> Iterator[tuple[int, Any]]:
+    """(place, `make(*arguments)(item)`) of every item as it finishes, by `count` processes; here, when that is one.
+
+    Raises:
+        RunError: a process died (killed, out of memory).
+    """
+    if count <= 1:
+        call = make(*arguments) if items else None
+        for place, item in enumerate(items):
+            assert call is not None
+            yield place, call(item)
+        return
+    # A server forks them: what it imported is paid once, and no lock or thread of this process is copied.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([make.__module__, "transformers"])
+    pool = ProcessPoolExecutor(count, context, _begin, (make, arguments))
+    waiting = enumerate(items)
+    try:
+        running: dict[Future[Any], int] = {}
+        while True:
+            for place, item in waiting:  # two a process, so that none waits and little is lost
+                running[pool.submit(_do, item)] = place
+                if len(running) >= 2 * count:
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise RunError("a worker process died (killed, or out of memory)", "run the same command again") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    global _call
+    die_with_parent(os.getppid())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _call = make(*arguments)
+
+
+def _do(item: Any) -> Any:
+    assert _call is not None
+    return _call(item)

@@ -1,0 +1,205 @@
+"""What `packcli prepare` shows or hands on besides making stores: plans of data, documents, pictures, exports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packcli import log, papersteps, stages
+from packcli.config import ARMS, ArmSpec, DataSpec
+from packcli.data import corpus, hub
+from packcli.errors import ConfigError
+from packcli.files import atomic_write
+from packcli.plan import Plan
+from packcli.store import Store
+
+if TYPE_CHECKING:
+    from packcli.data.index import Index
+    from packcli.data.tokens import Tokens
+
+OWN_TOKENIZER = "none named: a BPE of 32,768 tokens learned from this data; name your model's for its true lengths"
+
+_BATCH = 128  # rows a step, the paper's
+_DRAWN_MICRO_BATCH = 4
+_SWEEP_SUFFIXES = (".yaml", ".yml")
+
+
+def is_data(name: str) -> bool:
+    """Whether an argument names data rather than a sweep file."""
+    return Path(name).suffix not in _SWEEP_SUFFIXES and (
+        Path(name).exists() or name in corpus.SOURCES or hub.is_dataset(name)
+    )
+
+
+def lengths_around(max_length: int) -> list[int]:
+    """The row lengths worth comparing with one: half of it, itself, twice it."""
+    return sorted({max(2, max_length // 2), max_length, 2 * max_length})
+
+
+def data_plan(source: str, tokenizer: str | None, template: str | None, max_length: int) -> Plan:
+    """Every built-in arm at several row lengths, for a data file; see `stages.data_plan`."""
+    data = DataSpec(source=source, max_length=max_length, template=template)
+    lengths = lengths_around(max_length)
+    return stages.data_plan(data, lengths, tokenizer or "train", arms=list(ARMS), batch=_BATCH)
+
+
+def outlook(plan: Plan, tokenizer: str) -> dict[str, Any]:
+    """What each arm would make of the data, as one JSON document; writes nothing."""
+    from packcli.data import outlook as outlooks
+    from packcli.report import outlook as reports
+
+    with log.progress() as display:
+        bar = display.add_task("tokenize", total=None, note="")
+
+        def note(done: int, total: int, remark: str) -> None:
+            display.update(bar, completed=done, total=total or None, note=remark)
+
+        looked = outlooks.look(plan, note)
+    document = reports.collect(plan, looked, batch=_BATCH, tokenizer=tokenizer)
+    return {**document, "paper": _paper(plan, looked)}
+
+
+def _paper(plan: Plan, looked: Any) -> list[dict[str, Any]] | None:
+    """Step counts of the paper's runs on one of its sets, beside those it prints; None for other data."""
+    orders = plan.tokens.values()
+    names = {source.source for order in orders for source in order.sources}
+    if len(names) != 1 or not names <= set(papersteps.datasets()):
+        return None
+    own = [cell for cell in looked.cells if cell.max_length == papersteps.MAX_LENGTH]
+    rows = {cell.arm: cell.ledger["rows"] for cell in own if not cell.ledger["documents_validation"]}
+    return [asdict(found) for found in papersteps.check(names.pop(), rows)]
+
+
+def sampled(plan: Plan, count: int, scratch: Path) -> tuple[Plan, Store]:
+    """The plan with its first `count` conversations only, prepared in a store of its own."""
+    store = Store(scratch)
+    few = {"max_documents": count, "fingerprints": ()}
+    tokens = {id_: order.model_copy(update=few) for id_, order in plan.tokens.items()}
+    small = plan.model_copy(update={"tokens": tokens})
+    for order in tokens.values():
+        stages.prepare_tokens(order, store)
+    for index in plan.indexes.values():
+        stages.prepare_index(index, store)
+    return small, store
+
+
+def show(plan: Plan, store: Store, count: int) -> Any:
+    """`count` documents and the rows that hold them, for a terminal."""
+    from packcli.data.tokenizer import load_directory
+    from packcli.report import preview
+
+    parts = []
+    for id_ in dict.fromkeys(cell.tokens for cell in plan.cells):
+        own = [cell for cell in plan.cells if cell.tokens == id_]
+        max_length = plan.indexes[own[0].index].max_length
+        named: dict[str, str] = {}
+        for cell in own:
+            if plan.indexes[cell.index].max_length == max_length and cell.index not in named.values():
+                named.setdefault(cell.labels.get("arm", "rows"), cell.index)
+        indexes = {name: (plan.indexes[index].layout, _rows(store, index)) for name, index in named.items()}
+        tokens, tokenizer = _tokens(store, id_), load_directory(store.tokenizer(id_))
+        parts.append(preview.show(tokens, indexes, tokenizer, count, max_length))
+    from rich.console import Group
+
+    return Group(*parts)
+
+
+def draw(plan: Plan, store: Store, file: Path) -> None:
+    """A dozen documents of the first token store, laid out by every arm of the plan, as one SVG file."""
+    from packcli.data import draw as drawing
+    from packcli.data import sample
+
+    first = plan.cells[0]
+    own = [cell for cell in plan.cells if cell.tokens == first.tokens]
+    max_length = plan.indexes[first.index].max_length
+    arms: dict[str, ArmSpec] = {}
+    for cell in own:
+        if plan.indexes[cell.index].max_length == max_length:
+            arms.setdefault(cell.labels.get("arm", "arm"), plan.trains[cell.train].arm)
+    tokens = _tokens(store, first.tokens)
+    documents = sample.documents(tokens, sample.choose(tokens.lengths, max_length))
+    panels = sample.panels(documents, arms, max_length, _DRAWN_MICRO_BATCH)
+    title = f"{len(documents)} conversations laid out by every arm"
+    note = f"Micro-batches of {_DRAWN_MICRO_BATCH} rows; of an arm's preprocessing workers, one."
+    with atomic_write(file) as output:
+        output.write(drawing.picture(documents, panels, max_length, title, note).encode())
+
+
+def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
+    """Each distinct row index of the plan as a `datasets` directory: in `directory`, or several below it."""
+    from packcli.data import export as exporting
+    from packcli.data.tokenizer import load_directory
+
+    chosen = {cell.index: cell for cell in reversed(plan.cells)}
+    written = []
+    for index in dict.fromkeys(cell.index for cell in plan.cells):
+        cell = chosen[index]
+        order, manifest = plan.indexes[index], store.manifest("index", index)
+        assert manifest is not None
+        tokenizer = store.tokenizer(cell.tokens)
+        target = directory if len(chosen) == 1 else directory / _file_name(cell.labels)
+        prepared = exporting.Prepared(
+            tokens=_tokens(store, cell.tokens),
+            index=_rows(store, index),
+            validation=_held_out(store, index),
+            order=order,
+            arm=plan.trains[cell.train].arm,
+            pad_id=load_directory(tokenizer).pad_token_id or 0,
+            ledger=manifest.results["ledger"],
+            tokenizer=tokenizer,
+        )
+        exporting.export(prepared, target, lambda done, total, remark: None)
+        written.append(target)
+    return written
+
+
+def _file_name(labels: dict[str, str]) -> str:
+    """A directory name from labels, of allowed characters only."""
+    text = "-".join(labels.values())
+    return "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "_" for char in text).lstrip(
+        ".-"
+    )[:100]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`K/N` as (k, n), k from 0."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"`--part {text}` is not K/N", "for example --part 3/16, the third of sixteen")
+    return int(first) - 1, int(last)
+
+
+def prepare_part(plan: Plan, store: Store, part: tuple[int, int]) -> list[tuple[str, int]]:
+    """Make one part of every token store; (id, shards in all) of each."""
+    store.check(writable=True)
+    made = []
+    with log.progress() as display:
+        for id_, order in plan.tokens.items():
+            bar = display.add_task(f"tokens {id_}", total=None, note="")
+
+            def note(done: int, total: int, remark: str, bar: Any = bar) -> None:
+                display.update(bar, completed=done, total=total or None, note=remark)
+
+            made.append((id_, stages.prepare_part(order, store, part, note)))
+    return made
+
+
+def _tokens(store: Store, id_: str) -> Tokens:
+    manifest = store.manifest("tokens", id_)
+    if manifest is None:
+        raise ConfigError(f"tokens {id_} is missing", "run `packcli prepare SWEEP` first")
+    found: Tokens = stages.open_tokens(store, manifest)
+    return found
+
+
+def _rows(store: Store, id_: str) -> Index:
+    from packcli.data import index
+
+    return index.read(store.rows(id_))
+
+
+def _held_out(store: Store, id_: str) -> Index:
+    from packcli.data import index
+
+    return index.read(store.validation(id_))

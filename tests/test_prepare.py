@@ -1,0 +1,453 @@
+"""`packcli prepare` as a user runs it: data that lies, disks that fill, processes that die, machines that vary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Done, chat_records, write_lines
+
+from packcli.files import read_json, read_jsonl, sha256_file
+from packcli.store import normalized
+
+Cli = Callable[..., Done]
+
+MODEL = {
+    "config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "tokenizer": "train",
+    "vocab_size": 300,
+}
+
+
+def sweep(directory: Path, source: Any, arms: tuple[str, ...] = ("padding", "best_fit"), **data: Any) -> Path:
+    path = directory / "sweep.yaml"
+    document = {
+        "name": "s",
+        "model": MODEL,
+        "data": {"source": source, "max_length": 128, "validation": 0.1, **data},
+        "train": {"epochs": 1, "lr": 1e-3, "global_batch": 4},
+        "matrix": {"arm": list(arms)},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def tree(root: Path) -> dict[str, Any]:
+    """Every file of a store, without what varies from run to run."""
+    found: dict[str, Any] = {}
+    for path in sorted((root / "store").rglob("*")):
+        if path.is_file() and path.name not in (".lock", "fingerprints.json"):
+            name = path.relative_to(root).as_posix()
+            found[name] = normalized(read_json(path)) if path.name == "manifest.json" else sha256_file(path)
+    return found
+
+
+def only(root: Path, kind: str, name: str) -> Path:
+    [found] = root.glob(f"store/{kind}/*/{name}")
+    return found
+
+
+# Nothing depends on how it was done --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of several formats, of which two are cut into pieces; 40 MB."""
+    root = tmp_path_factory.mktemp("large")
+    filler = "Lorem ipsum dolor sit amet. " * 100
+    records = chat_records(7000)
+    for number, record in enumerate(records):
+        record["messages"][0]["content"] += f" {number} {filler[: 40 * (number % 70)]}"
+    data = root / "data"
+    data.mkdir()
+    write_lines(data / "a.jsonl", records * 2)
+    write_lines(data / "c.jsonl", [*records[:50], {"messages": []}])
+    (data / "b.json").write_text(json.dumps(records[:100]))
+    return root
+
+
+@pytest.mark.slow
+def test_a_store_does_not_depend_on_the_number_of_processes(large: Path, run_cli: Cli) -> None:
+    path = sweep(large, "data")
+    for count in (1, 2, 5):
+        done = run_cli(
+            "prepare", path, "--runs", large / f"r{count}", "--set", f"data.processes={count}", cwd=large
+        )
+        assert done.code == 0, done.stderr
+    trees = [tree(large / f"r{count}") for count in (1, 2, 5)]
+    assert len(list((large / "r1").glob("store/tokens/*/shard-*.arrow"))) >= 4
+    assert trees[0] == trees[1] == trees[2]
+
+
+@pytest.mark.slow
+def test_parts_made_apart_and_put_together_are_the_store_made_at_once(large: Path, run_cli: Cli) -> None:
+    path = sweep(large, "data")
+    assert run_cli("prepare", path, "--runs", large / "once", cwd=large).code == 0
+    for part in ("2/3", "1/3", "3/3"):
+        done = run_cli("prepare", path, "--runs", large / "parts", "--part", part, cwd=large)
+        assert done.code == 0, done.stderr
+        assert f"part {part[0]} of 3 is done" in done.stdout
+    made = {path: path.stat().st_mtime_ns for path in (large / "parts").glob("store/tokens/*/shard-*.arrow")}
+    assert run_cli("prepare", path, "--runs", large / "parts", cwd=large).code == 0
+    assert made == {path: path.stat().st_mtime_ns for path in made}, "a shard was made twice"
+    assert tree(large / "parts") == tree(large / "once")
+
+
+def test_a_part_that_is_none_is_a_usage_error(tmp_path: Path, run_cli: Cli) -> None:
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    for part in ("0/3", "4/3", "1", "a/b", "1/0"):
+        done = run_cli("prepare", path, "--part", part, cwd=tmp_path)
+        assert (done.code, "K/N" in done.stderr) == (2, True), part
+
+
+@pytest.mark.slow
+def test_killed_at_any_commit_point_the_same_command_ends_in_the_same_store(tmp_path: Path, run_cli: Cli) -> None:
+    """Real processes, SIGKILL just before and just after every rename that prepare does."""
+    path = sweep(tmp_path, write_lines(tmp_path / "x.jsonl", [*chat_records(40), {"messages": []}]).name)
+    log = tmp_path / "points"
+    done = run_cli("prepare", path, "--runs", "clean", cwd=tmp_path, env={"PACKCLI_FAULT": f"log:{log}"})
+    assert done.code == 0, done.stderr
+    points = list(dict.fromkeys(log.read_text().split()))
+    assert {"shard-00000.arrow:before", "manifest.json:after", "rows.arrow:after"} <= set(points)
+    clean = tree(tmp_path / "clean")
+    for number, point in enumerate(points):
+        runs = tmp_path / f"r{number}"
+        killed = run_cli("prepare", path, "--runs", runs, cwd=tmp_path, env={"PACKCLI_FAULT": f"kill:{point}"})
+        assert killed.code != 0, f"{point} killed nobody"
+        again = run_cli("prepare", path, "--runs", runs, cwd=tmp_path)
+        assert again.code == 0, (point, again.stderr)
+        assert tree(runs) == clean, point
+        shutil.rmtree(runs)
+
+
+# Input that lies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b'{"messages": [}\n', "x.jsonl:3"),
+        (b'{"question": "cut sho', "x.jsonl:3"),
+        (b'{"question": "\xff", "answer": "x"}\n', "x.jsonl:3"),
+        (b'{"question": "a\x00b", "answer": "x"}\n', "x.jsonl:3"),
+    ],
+    ids=["bad JSON", "torn last line", "invalid UTF-8", "NUL"],
+)
+def test_a_line_that_cannot_be_parsed_stops_or_is_counted(
+    tmp_path: Path, run_cli: Cli, content: bytes, where: str
+) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(2))
+    good = (tmp_path / "x.jsonl").read_bytes()
+    (tmp_path / "x.jsonl").write_bytes(good + content)
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", validation=0), cwd=tmp_path)
+    assert done.code == 3
+    assert where in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").glob("store/tokens/*/manifest.json"))
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", validation=0, on_error="skip"), "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    ledger = done.json()["cells"][0]["ledger"]
+    assert (ledger["conversations_in"], ledger["conversations_rejected"], ledger["documents"]) == (3, 1, 2)
+    [rejected] = read_jsonl(Path(tmp_path, done.json()["cells"][0]["rejected_path"]))
+    assert where in rejected["reason"]
+
+
+def test_more_bad_lines_than_allowed_stop_even_when_skipped(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(2))
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write("{\n" * 4)
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", on_error="skip", max_errors=3), cwd=tmp_path)
+    assert done.code == 3
+    assert "more than `data.max_errors: 3`" in done.stderr
+
+
+def test_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(3))
+    text = (tmp_path / "x.jsonl").read_bytes()
+    (tmp_path / "y.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    ledgers = [
+        run_cli("prepare", sweep(tmp_path, name), "--json", cwd=tmp_path).json()["cells"][0]["ledger"]
+        for name in ("x.jsonl", "y.jsonl")
+    ]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_file_of_no_known_schema_names_what_is_accepted(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", [{"text": "plain"}])
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
+    assert done.code == 3
+    assert "no chat schema fits its fields (`text`)" in done.stderr
+
+
+def test_a_wrong_role_or_content_is_rejected_with_its_path(tmp_path: Path, run_cli: Cli) -> None:
+    bad = {"messages": [*chat_records(1)[0]["messages"], {"role": "wizard", "content": "x"}]}
+    worse = {"messages": [{"role": "user", "content": 3}]}
+    write_lines(tmp_path / "x.jsonl", [*chat_records(3), bad, worse])
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", validation=0), "--json", cwd=tmp_path)
+    reasons = [item["reason"] for item in read_jsonl(tmp_path / done.json()["cells"][0]["rejected_path"])]
+    assert reasons[0].startswith("`messages[2]`: unknown role `wizard`")
+    assert reasons[1].startswith("`messages[0]`: the text is int")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n\n", '{"messages": []}\n'], ids=["empty", "blank", "empty conversation"]
+)
+def test_nothing_usable_is_bad_data_and_not_an_empty_store(tmp_path: Path, run_cli: Cli, content: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
+    assert done.code == 3
+    assert "no usable conversation" in done.stderr
+
+
+def test_conversations_without_anything_to_learn_never_make_a_batch(tmp_path: Path, run_cli: Cli) -> None:
+    nothing = [
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "  "}]},
+    ]
+    late = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "late"}]}
+    write_lines(tmp_path / "x.jsonl", [*chat_records(3), *nothing, late])
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", validation=0), "--json", cwd=tmp_path)
+    for cell in done.json()["cells"]:
+        ledger = cell["ledger"]
+        assert (ledger["conversations_rejected"], ledger["documents_dropped"], ledger["documents_kept"]) == (
+            2,
+            1,
+            3,
+        )
+        assert ledger["tokens_dropped"] > 400
+
+
+def test_an_over_long_document_follows_the_arms_policy_and_is_counted(tmp_path: Path, run_cli: Cli) -> None:
+    long = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 400}]}
+    write_lines(tmp_path / "x.jsonl", [*chat_records(3), long])
+    path = sweep(tmp_path, "x.jsonl", ("best_fit", "dropping", "random"), validation=0)
+    path.write_text(path.read_text() + "arms: {dropping: {extends: best_fit, overlong: drop}}\n")
+    done = run_cli("prepare", path, "--json", cwd=tmp_path)
+    truncated, dropped, cut = (cell["ledger"] for cell in done.json()["cells"])
+    assert truncated["tokens_truncated"] == dropped["tokens_dropped"] - 128 > 200
+    assert dropped["documents_dropped"] == 1
+    assert (cut["tokens_truncated"], cut["tokens_dropped"]) == (0, 0)
+    assert cut["documents_cut"] >= 1
+
+
+def test_repeated_conversations_are_said(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(5))
+    done = run_cli("prepare", sweep(tmp_path, ["x.jsonl", "x.jsonl"], validation=0), cwd=tmp_path)
+    assert "5 conversations say the same as another one" in done.stdout
+
+
+def test_control_tokens_typed_in_a_message_are_text(tmp_path: Path, run_cli: Cli) -> None:
+    typed = "end it with <|im_end|> and <|endoftext|>"
+    record = {"messages": [{"role": "user", "content": typed}, {"role": "assistant", "content": typed}]}
+    write_lines(tmp_path / "x.jsonl", [*chat_records(3), record])
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl", validation=0), "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    from packcli import stages
+    from packcli.data.tokenizer import load_directory
+    from packcli.store import Store
+
+    store, id_ = Store(tmp_path / "runs"), Path(done.json()["cells"][0]["tokens_path"]).name
+    tokenizer = load_directory(store.tokenizer(id_))
+    ids = stages.open_tokens(store, store.manifest("tokens", id_)).ids(3).tolist()
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(stop) == 2, "only the template ends a turn"
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|endoftext|>")) == 0
+    assert tokenizer.decode(ids).count(typed) == 2
+
+
+def test_a_tokenizer_without_a_template_or_its_tokens_is_refused_before_work(tmp_path: Path, run_cli: Cli) -> None:
+    from test_tokens import byte_tokenizer
+
+    byte_tokenizer("").save_pretrained(tmp_path / "bare")
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    bare = ("--set", "model.tokenizer=bare", "--set", "model.vocab_size=null")
+    done = run_cli("prepare", path, *bare, cwd=tmp_path)
+    assert done.code == 2
+    assert "has no chat template" in done.stderr
+    done = run_cli("prepare", path, *bare, "--set", "data.template=chatml", cwd=tmp_path)
+    assert done.code == 2
+    assert "<|im_start|>" in done.stderr
+
+
+def test_a_line_over_the_limit_is_refused_without_reading_it(tmp_path: Path, run_cli: Cli) -> None:
+    with (tmp_path / "x.jsonl").open("wb") as file:
+        file.write(b'{"question": "')
+        file.seek(200 << 20)  # a hole: no disk is used
+        file.write(b'", "answer": "x"}\n')
+    done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
+    assert done.code == 3
+    assert "x.jsonl:1" in done.stderr
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
+    from packcli import stages, sweepfile
+    from packcli.errors import IntegrityError
+    from packcli.store import Store
+
+    data = write_lines(tmp_path / "x.jsonl", chat_records(5))
+    store = Store(tmp_path / "runs")
+    plan = stages.make_plan(sweepfile.load(sweep(tmp_path, str(data))), store)
+    write_lines(data, chat_records(6))
+    [order] = plan.tokens.values()
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        stages.prepare_tokens(order, store)
+    assert not list((tmp_path / "runs").glob("store/tokens/*/shard-*"))
+    assert store.state("tokens", order.id) != "done"
+
+
+def test_another_configuration_never_mixes_with_what_is_there(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(5))
+    path = sweep(tmp_path, "x.jsonl")
+    before = run_cli("prepare", path, "--json", cwd=tmp_path).json()["cells"][0]
+    kept = tree(tmp_path / "runs")
+    after = run_cli("prepare", path, "--set", "data.train_on=all", "--json", cwd=tmp_path).json()["cells"][0]
+    assert before["tokens_path"] != after["tokens_path"]
+    assert kept.items() <= tree(tmp_path / "runs").items()
+    manifest = (
+        only(tmp_path / "runs", "tokens", "manifest.json") if False else Path(tmp_path, before["tokens_path"])
+    )
+    shutil.copy(Path(tmp_path, after["tokens_path"]) / "manifest.json", manifest / "manifest.json")
+    done = run_cli("prepare", path, cwd=tmp_path)
+    assert done.code == 4
+    assert "belongs to tokens" in done.stderr
+
+
+# Files that are damaged, disks that are full -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_shard_is_noticed_before_anything_is_packed(tmp_path: Path, run_cli: Cli, damage: str) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(5))
+    path = sweep(tmp_path, "x.jsonl")
+    assert run_cli("prepare", path, cwd=tmp_path).code == 0
+    shard = only(tmp_path / "runs", "tokens", "shard-00000.arrow")
+    content = bytearray(shard.read_bytes())
+    if damage == "cut":
+        content = content[:-100]
+    else:
+        content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = run_cli("prepare", path, "--set", "data.max_length=64", cwd=tmp_path)
+    assert done.code == 4
+    assert "shard-00000.arrow" in done.stderr
+    done = run_cli("verify", "runs/store", cwd=tmp_path)
+    assert done.code == 4
+    assert "shard-00000.arrow" in done.stderr
+
+
+def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli: Cli) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this process may not mount a small file system")
+    try:
+        data = write_lines(tmp_path / "x.jsonl", chat_records(4000))
+        done = run_cli("prepare", sweep(tmp_path, str(data)), "--runs", small / "runs", cwd=tmp_path)
+        assert done.code == 6, done.stderr
+        assert "bytes free" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not [file for file in small.rglob("*") if ".tmp-" in file.name]
+        assert not list(small.rglob("manifest.json"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_directory_that_cannot_be_written_is_a_usage_error_before_work(tmp_path: Path, run_cli: Cli) -> None:
+    if os.geteuid() == 0:
+        (tmp_path / "runs").write_text("a file where the run directory should be")
+    else:
+        (tmp_path / "runs").mkdir(mode=0o500)
+    done = run_cli("prepare", sweep(tmp_path, "tiny", max_documents=5), cwd=tmp_path)
+    assert done.code == 2
+    assert not list(tmp_path.glob("runs/store/tokens/*"))
+
+
+# What it would do, without doing it --------------------------------------------------------------------
+
+
+def test_a_plan_of_a_data_file_writes_nothing_and_tells_every_number(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "chats.jsonl", [*chat_records(60, turns=2), {"messages": []}])
+    before = sorted(tmp_path.rglob("*"))
+    done = run_cli("prepare", "chats.jsonl", "--plan", "--max-length", 256, "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    document = done.json()
+    from packcli.config import ARMS
+
+    assert {cell["arm"] for cell in document["cells"]} == set(ARMS)
+    assert {cell["max_length"] for cell in document["cells"]} == {128, 256, 512}
+    for cell in document["cells"]:
+        ledger = cell["ledger"]
+        assert ledger["conversations_in"] == 61
+        assert ledger["conversations_rejected"] == 1
+        assert cell["steps_per_epoch"] >= 1
+        assert cell["sum_squares"] > 0
+    assert document["advice"]["arm"] in ARMS
+    assert "learned from this data" in document["tokenizer"]
+
+
+def test_a_plan_is_what_prepare_then_makes(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "x.jsonl", chat_records(60, turns=2))
+    path = sweep(tmp_path, "x.jsonl", ("padding", "sorted", "random", "best_fit", "greedy_released"))
+    planned = run_cli("prepare", path, "--plan", "--json", cwd=tmp_path).json()
+    assert not (tmp_path / "runs" / "store" / "tokens").exists()
+    made = run_cli("prepare", path, "--json", cwd=tmp_path).json()
+    assert [cell["ledger"] for cell in planned["cells"]] == [cell["ledger"] for cell in made["cells"]]
+
+
+def test_the_plan_says_in_words_and_a_picture_what_the_numbers_say(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "chats.jsonl", chat_records(60, turns=2))
+    done = run_cli(
+        "prepare", "chats.jsonl", "--plan", "--max-length", 256, "--show", 2, "--draw", "rows.svg", cwd=tmp_path
+    )
+    assert done.code == 0, done.stderr
+    for words in ("We would take", "rows of 256 tokens", "padding_free", "░", "⟦", "conversations"):
+        assert words in done.stdout, words
+    assert (tmp_path / "rows.svg").read_text().startswith("<svg")
+
+
+def test_a_data_file_without_plan_says_what_to_type(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "chats.jsonl", chat_records(3))
+    done = run_cli("prepare", "chats.jsonl", cwd=tmp_path)
+    assert done.code == 2
+    assert "`packcli prepare chats.jsonl --plan`" in done.stderr
+
+
+# Mixtures ----------------------------------------------------------------------------------------------
+
+
+def test_weights_draw_and_repeat_conversations_and_the_ledger_says_so(tmp_path: Path, run_cli: Cli) -> None:
+    write_lines(tmp_path / "a.jsonl", chat_records(400))
+    write_lines(tmp_path / "b.jsonl", [{"question": f"{n}?", "answer": f"{n}!"} for n in range(50)])
+    source = [{"source": "a.jsonl", "weight": 0.25}, {"source": "b.jsonl", "weight": 2}]
+    done = run_cli("prepare", sweep(tmp_path, source, validation=0), "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    cell = done.json()["cells"][0]
+    drawn = cell["ledger"]["documents"] - 100
+    assert 60 < drawn < 140
+    assert cell["conversations_not_drawn"] == 400 - drawn
+    assert cell["conversations_repeated"] == 50
+
+
+def test_an_export_opens_and_holds_the_rows(tmp_path: Path, run_cli: Cli) -> None:
+    import datasets
+
+    write_lines(tmp_path / "x.jsonl", chat_records(30))
+    path = sweep(tmp_path, "x.jsonl")
+    done = run_cli("prepare", path, "--only", "arm=best_fit", "--export", "out", "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    opened = datasets.load_from_disk(str(tmp_path / "out"))
+    ledger = done.json()["cells"][0]["ledger"]
+    assert opened["train"].num_rows == ledger["rows"]
+    assert sum(map(len, opened["train"]["input_ids"])) == ledger["tokens_kept"]
+    again = run_cli("prepare", path, "--export", "both", cwd=tmp_path)
+    assert again.code == 0, again.stderr
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["best_fit", "padding"]
