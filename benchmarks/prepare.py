@@ -144,11 +144,11 @@ def _measured(command: list[str], scratch: Path, cores: int) -> tuple[float, flo
             env={**os.environ, **caches},
         ).wait()
     wall_s = time.perf_counter() - began
-    _reap_orphans()
     printed = (scratch / "stdout").read_text()
     if code:
         said = printed[-1000:] + (scratch / "stderr").read_text()[-3000:]
         sys.exit(f"{' '.join(command)}\nexited {code}:\n{said}")
+    _reap_orphans()
     return _children_s() - before, wall_s, printed
 
 

@@ -121,7 +121,7 @@ def prepare(
         if not plan_only:
             raise ConfigError(
                 f"`{what}` is data, not a sweep file",
-                f"see what packing would do with it: `packcli prepare {what} --plan`; or train on it with a sweep: "
+                f"see what packing would do with it: `packcli prepare {what} --plan`; or train on it: "
                 f"`packcli sweep SWEEP --set data.source={what}`",
             )
         if only or set_ or export or part:

@@ -58,10 +58,10 @@ class ArmSpec(LayoutSpec):
                     are both cut, in proportion, and later turns left out (the released code).
     window          pack so many documents at a time, in file order; unset: the whole set, shuffled.
     workers         split the set into so many contiguous parts first, as `datasets.map(num_proc=...)` does.
-    remainder       drop: a window's last row is left out unless full, and so is a row without a label. keep: not.
+    remainder       drop: a window's last row is left out unless full; so is a row without a label. keep: not.
     order           shuffled: rows in random order. sorted: batches of like length, in random order.
     repack_each_epoch         pack anew each epoch; unset: rows stay, only their order changes.
-    validation_after_packing  hold out rows, not documents (the released code); its validation loss compares to none.
+    validation_after_packing  hold out rows, not documents; its loss compares to no other arm's.
     attention       document: no token sees another document. causal: it sees all of its row before it.
     positions       reset at each document, or continue through the row.
     loss            token: sum over supervised tokens / their global count in the step. document: mean over the

@@ -20,8 +20,8 @@ from packcli.patterns import Ints, Pattern, Plan, Waiting
 
 Floats = NDArray[np.float64]
 
-# Chosen on the sets of benchmarks/packing.py: up to 0.5 s there. Time grows faster than the number of classes. With
-# fewer documents to a class, most patterns are worth less than one row, and rounding takes away what classes gain.
+# Chosen on the sets of benchmarks/packing.py: up to 0.5 s there. Time grows faster than the number of classes; and
+# with fewer documents to a class, most patterns are worth less than a row, and rounding costs more than it gains.
 _CLASSES = 400
 _DOCUMENTS_A_CLASS = 4
 _UNITS_A_ROW = 4096

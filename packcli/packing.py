@@ -140,13 +140,14 @@ def best_fit(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
 def shuffled_first_fit(lengths: Ints, max_length: int, rng: np.random.Generator) -> Rows:
     """Documents in an order drawn from `rng`, each into the first row opened that has room.
 
-    Close to LongAlign's packing (arXiv 2401.18058), which looks at one open row only. Lengths [6, 3, 5, 4] at 10,
-    drawn in this order: rows (6, 3), (5, 4). The order of rows and within rows is drawn from `rng`, too.
+    LongAlign (arXiv 2401.18058) packs in shuffled order, too; its code looks at the last row only. Lengths
+    [6, 5, 3, 4] at 10, drawn in this order: rows (6, 3), (5, 4). The order of rows and within rows is drawn from
+    `rng`, too.
     """
-    order = rng.permutation(len(_checked(lengths)))
-    row, num_rows = _first_fit(lengths[order].tolist(), max_length)
-    if not num_rows:
+    if not _histogram(lengths, max_length).any():
         return one_per_row(lengths)
+    order = rng.permutation(len(lengths))
+    row, num_rows = _first_fit(lengths[order].tolist(), max_length)
     row_of = np.empty_like(row)
     row_of[order] = rng.permutation(num_rows)[row]
     document = _shuffled_order(row_of, rng)
@@ -188,7 +189,7 @@ def _first_fit(lengths: list[int], max_length: int) -> tuple[Ints, int]:
             space[node] = left
             left = max(left, space[node ^ 1])
             node >>= 1
-    return np.array(rows, np.int64), max(rows, default=-1) + 1
+    return np.array(rows, np.int64), max(rows) + 1
 
 
 def _materialise(plan: Plan, lengths: Ints, rng: np.random.Generator) -> Rows:

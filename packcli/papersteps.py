@@ -16,7 +16,6 @@ from packcli.config import Spec
 from packcli.errors import ConfigError
 from packcli.yamlfile import parse
 
-
 MAX_LENGTH = 4096
 """Tokens in a row, in all its runs."""
 

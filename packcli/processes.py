@@ -15,6 +15,8 @@ from typing import Any
 from packcli.errors import RunError
 
 _PR_SET_PDEATHSIG = 1
+# Slow to import, and what most of this work needs; one that is not installed is passed over.
+_PRELOADED = ("transformers.tokenization_utils_tokenizers", "gigatoken", "awkward")
 _call: Callable[[Any], Any] | None = None
 
 
@@ -34,7 +36,7 @@ def die_with_parent(parent: int) -> None:
 def imap(
     make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], items: Sequence[Any], count: int
 ) -> Iterator[tuple[int, Any]]:
-    """(place, `make(*arguments)(item)`) of every item as it finishes, by `count` processes; here, when that is one.
+    """(place, `make(*arguments)(item)`) of each item as it ends, by `count` processes; here, if one.
 
     Raises:
         RunError: a process died (killed, out of memory).
@@ -47,7 +49,7 @@ def imap(
         return
     # A server forks them: what it imported is paid once, and no lock or thread of this process is copied.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([make.__module__, "transformers"])
+    context.set_forkserver_preload([make.__module__, *_PRELOADED])
     pool = ProcessPoolExecutor(count, context, _begin, (make, arguments))
     waiting = enumerate(items)
     try:

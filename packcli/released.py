@@ -113,8 +113,8 @@ def truncate_per_turn(
     share, its source gets the rest. So turns (30, 20), (60, 40) at 100 keep (30, 20), (30, 20): the second source
     loses the header that announces the answer, the second target its end-of-turn token.
 
-    Both sides of a turn may not be empty. In double precision, as the code does it: 3 / 5 of 5 tokens is 3, but
-    products just below a whole number lose a token.
+    Both sides of a turn may not be empty. The share is computed in double precision and cut to a whole number, as
+    the code does: a turn (7, 15) that fits in 22 tokens exactly keeps (7, 14), since 22 * (15 / 22) is below 15.
     """
     kept: list[tuple[int, int]] = []
     left = max_length

@@ -66,7 +66,7 @@ def data_plan(data: DataSpec, lengths: Sequence[int], tokenizer: str, *, arms: S
     config = {"model_type": "llama"}
     size = OWN_VOCABULARY if tokenizer == "train" else None
     model = ModelSpec(config=config, tokenizer=tokenizer, vocab_size=size)
-    train = TrainSpec(epochs=1, lr=1e-5, global_batch=batch)
+    train = TrainSpec(epochs=1, lr=1e-5, global_batch=batch, micro_batch=2)  # as the paper trained 8B
     cells = tuple(
         (
             {"data.max_length": str(length), "arm": name},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from packcli import log, papersteps, stages
 from packcli.config import ARMS, ArmSpec, DataSpec
 from packcli.data import corpus, hub
-from packcli.errors import ConfigError
+from packcli.errors import ConfigError, DataError
 from packcli.files import atomic_write
 from packcli.plan import Plan
 from packcli.store import Store
@@ -67,7 +68,8 @@ def _paper(plan: Plan, looked: Any) -> list[dict[str, Any]] | None:
     if len(names) != 1 or not names <= set(papersteps.datasets()):
         return None
     own = [cell for cell in looked.cells if cell.max_length == papersteps.MAX_LENGTH]
-    rows = {cell.arm: cell.ledger["rows"] for cell in own if not cell.ledger["documents_validation"]}
+    ledgers = {cell.arm: cell.ledger for cell in own if cell.ledger}
+    rows = {arm: ledger["rows"] for arm, ledger in ledgers.items() if not ledger["documents_validation"]}
     return [asdict(found) for found in papersteps.check(names.pop(), rows)]
 
 
@@ -80,7 +82,8 @@ def sampled(plan: Plan, count: int, scratch: Path) -> tuple[Plan, Store]:
     for order in tokens.values():
         stages.prepare_tokens(order, store)
     for index in plan.indexes.values():
-        stages.prepare_index(index, store)
+        with contextlib.suppress(DataError):  # an arm that makes no row of so few documents is not shown
+            stages.prepare_index(index, store)
     return small, store
 
 
@@ -95,7 +98,8 @@ def show(plan: Plan, store: Store, count: int) -> Any:
         max_length = plan.indexes[own[0].index].max_length
         named: dict[str, str] = {}
         for cell in own:
-            if plan.indexes[cell.index].max_length == max_length and cell.index not in named.values():
+            fits = plan.indexes[cell.index].max_length == max_length
+            if fits and cell.index not in named.values() and store.state("index", cell.index) == "done":
                 named.setdefault(cell.labels.get("arm", "rows"), cell.index)
         indexes = {name: (plan.indexes[index].layout, _rows(store, index)) for name, index in named.items()}
         tokens, tokenizer = _tokens(store, id_), load_directory(store.tokenizer(id_))

@@ -58,42 +58,43 @@ def trl(name: str) -> Packer:
 
 def llamafactory(name: str) -> Packer:
     """What `packing: true` decides by which documents share a row."""
-    from llamafactory.data.processor.processor_utils import greedy_knapsack
+    processor = _file("llamafactory", "data/processor/processor_utils.py")
 
     def knapsack(lengths: Ints, max_length: int) -> int:
-        return len(greedy_knapsack(lengths.tolist(), max_length))
+        return len(processor.greedy_knapsack(lengths.tolist(), max_length))
 
     return knapsack if name == "greedy_knapsack, whole set" else _windowed(knapsack)
 
 
 def axolotl(name: str) -> Packer:
     """`MultipackBatchSampler` as its configuration sets it by default: groups of 100,000, 200 a row."""
-    packers = _axolotl_file("utils/samplers/multipack.py")
+    for stub, function in (("distributed", "reduce_and_broadcast"), ("logging", "get_logger")):
+        sys.modules[f"axolotl.utils.{stub}"] = module = ModuleType(stub)  # imported, and not for packing
+        setattr(module, function, logging.getLogger)
+    sampler = _file("axolotl", "utils/samplers/multipack.py")
 
     def parallel(lengths: Ints, max_length: int) -> int:
-        rows = packers.pack_parallel(
+        rows = sampler.pack_parallel(
             lengths.astype(np.int32), bin_capacity=max_length, group_size=100_000, bin_size=200, num_processes=1
         )
         return len(rows)
 
     def sequential(lengths: Ints, max_length: int) -> int:
-        return len(packers.allocate_sequentially(lengths.astype(np.int32), 0, max_length, 1)[0])
+        return len(sampler.allocate_sequentially(lengths.astype(np.int32), 0, max_length, 1)[0])
 
     return parallel if name == "pack_parallel" else sequential
 
 
-def _axolotl_file(name: str) -> ModuleType:
-    """One file of axolotl without the rest; the two functions of its own that it imports are not for packing."""
-    for stub, function in (("distributed", "reduce_and_broadcast"), ("logging", "get_logger")):
-        sys.modules[f"axolotl.utils.{stub}"] = module = ModuleType(stub)
-        setattr(module, function, logging.getLogger)
-    package = find_spec("axolotl")
+def _file(program: str, name: str) -> ModuleType:
+    """One file of an installed program, without what its packages import."""
+    package = find_spec(program)
     assert package is not None
     assert package.submodule_search_locations is not None
-    found = spec_from_file_location("multipack", Path(package.submodule_search_locations[0]) / name)
+    found = spec_from_file_location(Path(name).stem, Path(package.submodule_search_locations[0]) / name)
     assert found is not None
     assert found.loader is not None
     module = module_from_spec(found)
+    sys.modules[module.__name__] = module
     found.loader.exec_module(module)
     return module
 

@@ -130,8 +130,15 @@ def _part(record: Mapping[str, Any], field: str, role: str) -> Messages:
 
 
 def content_hash(messages: Messages) -> int:
-    """64 bits of a salted sha256 of what is said; decides validation, whatever the seed, arm or file order."""
-    said = orjson.dumps([[message["role"], message["content"]] for message in messages])
+    """64 bits of a salted sha256 of what is said; decides validation, whatever the seed, arm or file order.
+
+    Raises:
+        Rejected: the text cannot be written as UTF-8.
+    """
+    try:
+        said = orjson.dumps([[message["role"], message["content"]] for message in messages])
+    except TypeError:
+        raise Rejected("its text is no valid Unicode: it holds half of a surrogate pair") from None
     return int.from_bytes(hashlib.sha256(_CONTENT_SALT + said).digest()[:8], "big")
 
 

@@ -84,9 +84,8 @@ def everything(order_sources: tuple[SourceSpec, ...], max_documents: int | None)
     pieces = sources.pieces(order_sources, max_documents)
     schemas = Schemas(order_sources, first_pieces(pieces))
     for piece in pieces:
-        schema = schemas.of(piece.file)
-        if schema is not None:
-            yield from parsed(sources.read(piece), order_sources[piece.source], schema)
+        schema = schemas.of(piece.file) or "messages"
+        yield from parsed(sources.read(piece), order_sources[piece.source], schema)
 
 
 def first_pieces(pieces: Iterable[Piece]) -> dict[int, Piece]:

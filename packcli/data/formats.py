@@ -159,7 +159,9 @@ def _bad_line(place: str, line: bytes, error: orjson.JSONDecodeError) -> DataErr
             f"{place}: the line is longer than {MAX_LINE_BYTES / (1 << 20):g} MiB", "write one record a line"
         )
     _, reason = _reason(error, line)
-    return DataError(f"{place}: not valid JSON: {reason}", "mend or delete the line, or set `data.on_error` to `skip`")
+    return DataError(
+        f"{place}: not valid JSON: {reason}", "mend or delete the line, or set `data.on_error` to `skip`"
+    )
 
 
 def _reason(error: orjson.JSONDecodeError, text: bytes) -> tuple[int, str]:

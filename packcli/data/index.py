@@ -141,7 +141,8 @@ def build(
         held = _choose(epochs[0], held_out)
         epochs = [_choose(epochs[0], kept)]
         if not len(kept):
-            raise DataError("no row is left to train on", "lower `data.validation`")
+            few = f"no row is left to train on of {len(offered):,} documents"
+            raise DataError(few, "the released code drops the rest of each window: it needs more data")
     else:
         held = summarise(_alone(everything[validation], lengths, labels, order.max_length), labels)
     ledger = {"conversations_in": conversations, "conversations_rejected": rejected}
@@ -208,8 +209,8 @@ def _cut_turns(rows: Rows, documents: Documents, max_length: int) -> Rows:
         counts[place] = len(cut)
     ends = np.cumsum(counts)
     start, stop = np.repeat(rows.start, counts), np.repeat(rows.stop, counts)
-    for place, cut in pieces:
-        own = np.arange(ends[place] - len(cut), ends[place])
+    for shortened, cut in pieces:
+        own = np.arange(ends[shortened] - len(cut), ends[shortened])
         start[own], stop[own] = zip(*cut, strict=True)
     bounds = np.concatenate([[0], ends])
     return Rows(np.repeat(rows.document, counts), start, stop, bounds[rows.offsets])

@@ -15,6 +15,7 @@ from packcli.config import ArmSpec, Spec
 from packcli.data import index as indexes
 from packcli.data import tokenize
 from packcli.data.tokenize import Lengths
+from packcli.errors import DataError
 from packcli.plan import Plan, TrainOrder
 
 Note = Callable[[int, int, str], None]
@@ -25,7 +26,7 @@ HISTOGRAM_BINS = 40
 class Outlook(Spec):
     """One way of making rows, for one epoch of the training part.
 
-    ledger                  as `packcli prepare` prints it
+    ledger                  as `packcli prepare` prints it; None: the arm makes nothing of this data, see `problem`
     conversations_per_row   documents that start in a row, on average
     steps_per_epoch         of `global_batch` as the arm counts it
     documents_per_step      on average: what a step holds
@@ -35,11 +36,18 @@ class Outlook(Spec):
     labels: dict[str, str]
     arm: str
     max_length: int
-    ledger: dict[str, Any]
-    conversations_per_row: float
-    steps_per_epoch: int
-    documents_per_step: float
-    sum_squares: int
+    ledger: dict[str, Any] | None
+    conversations_per_row: float | None = None
+    steps_per_epoch: int | None = None
+    documents_per_step: float | None = None
+    sum_squares: int | None = None
+    problem: str | None = None
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """The ledger of an arm that made rows."""
+        assert self.ledger is not None
+        return self.ledger
 
 
 class Distribution(Spec):
@@ -75,14 +83,19 @@ def look(plan: Plan, note: Note) -> Outlooks:
     with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
         for id_ in wanted:
             found[id_] = tokenize.measure(plan.tokens[id_], Path(scratch) / id_, note)
-    packed: dict[str, tuple[indexes.Index, dict[str, Any]]] = {}
+    packed: dict[str, tuple[indexes.Index, dict[str, Any]] | DataError] = {}
     cells = []
     for cell in plan.cells:
         order, lengths = plan.indexes[cell.index], found[cell.tokens]
         if order.id not in packed:
-            index, _, ledger = indexes.build(order, lengths, lengths.conversations, len(lengths.rejected))
-            packed[order.id] = index.epoch(0), ledger
-        cells.append(_outlook(cell.labels, plan.trains[cell.train], *packed[order.id]))
+            try:
+                index, _, ledger = indexes.build(order, lengths, lengths.conversations, len(lengths.rejected))
+                packed[order.id] = index.epoch(0), ledger
+            except DataError as error:
+                packed[order.id] = error
+        cells.append(_outlook(cell.labels, plan.trains[cell.train], packed[order.id]))
+    if all(cell.ledger is None for cell in cells):
+        raise DataError(str(cells[0].problem), "see docs/data.md")
     return Outlooks(
         distributions={id_: _distribution(lengths.lengths) for id_, lengths in found.items()},
         rejected={id_: len(lengths.rejected) for id_, lengths in found.items()},
@@ -90,8 +103,13 @@ def look(plan: Plan, note: Note) -> Outlooks:
     )
 
 
-def _outlook(labels: dict[str, str], train: TrainOrder, index: indexes.Index, ledger: dict[str, Any]) -> Outlook:
-    spec = train.train
+def _outlook(
+    labels: dict[str, str], train: TrainOrder, packed: tuple[indexes.Index, dict[str, Any]] | DataError
+) -> Outlook:
+    arm, spec = labels.get("arm", ""), train.train
+    if isinstance(packed, DataError):
+        return Outlook(labels=labels, arm=arm, max_length=train.max_length, ledger=None, problem=packed.cause)
+    index, ledger = packed
     steps = batching.steps(
         index.sizes,
         batching.Budget(epochs=1),
@@ -103,7 +121,7 @@ def _outlook(labels: dict[str, str], train: TrainOrder, index: indexes.Index, le
     documents = int(index.documents.sum())
     return Outlook(
         labels=labels,
-        arm=labels.get("arm", ""),
+        arm=arm,
         max_length=train.max_length,
         ledger=ledger,
         conversations_per_row=documents / ledger["rows"],
@@ -162,7 +180,7 @@ def advise(cells: list[Outlook], arms: Mapping[str, ArmSpec]) -> Advice | None:
     simplest. The row length is the shortest that cuts or drops at most `FREE_OF_LOSS` of the tokens. None: no arm
     looked at qualifies.
     """
-    safe = [cell for cell in cells if _keeps_the_objective(arms[cell.arm])]
+    safe = [cell for cell in cells if cell.ledger and _keeps_the_objective(arms[cell.arm])]
     if not safe:
         return None
     by_length: dict[int, list[Outlook]] = {}
@@ -170,15 +188,16 @@ def advise(cells: list[Outlook], arms: Mapping[str, ArmSpec]) -> Advice | None:
         by_length.setdefault(cell.max_length, []).append(cell)
     length = next((n for n in sorted(by_length) if lost(by_length[n][0]) <= FREE_OF_LOSS), max(by_length))
     own = {cell.arm: cell for cell in by_length[length]}
-    best = own.get("best_fit") or min(own.values(), key=lambda cell: cell.ledger["slots"])
-    padded = own.get("padding") or max(own.values(), key=lambda cell: cell.ledger["slots"])
-    ratio = padded.ledger["slots"] / best.ledger["slots"]
+    best = own.get("best_fit") or min(own.values(), key=lambda cell: cell.made["slots"])
+    padded = own.get("padding") or max(own.values(), key=lambda cell: cell.made["slots"])
+    ratio = padded.made["slots"] / best.made["slots"]
+    padding = 1 - best.made["efficiency"]
     reasons = [
-        f"a row holds {best.conversations_per_row:.1f} conversations, {1 - best.ledger['efficiency']:.2%} is padding",
-        f"an epoch computes {best.ledger['slots']:,} slots, {ratio:.1f} times fewer than `{padded.arm}`",
+        f"a row holds {best.conversations_per_row:.1f} conversations and {padding:.2%} padding",
+        f"an epoch computes {best.made['slots']:,} slots, {ratio:.1f} times fewer than `{padded.arm}`",
         "documents stay whole and do not see each other, so with equal batches the gradient is that of padding",
     ]
-    if best.conversations_per_row < _WORTH_PACKING and "padding_free" in own:
+    if (best.conversations_per_row or 0) < _WORTH_PACKING and "padding_free" in own:
         best = own["padding_free"]
         reasons = [
             "rows would hold hardly more than one conversation: packing gains nothing, padding-free is simpler"
@@ -194,6 +213,6 @@ def _keeps_the_objective(arm: ArmSpec) -> bool:
 
 def lost(cell: Outlook) -> float:
     """Share of the training part's tokens that this arm never trains on."""
-    ledger = cell.ledger
+    ledger = cell.made
     gone = ledger["tokens_truncated"] + ledger["tokens_dropped"]
     return float(gone / max(1, gone + ledger["tokens_kept"]))

@@ -92,7 +92,7 @@ class Maker:
         """The shard of some records, read again from the start if a fast path proves inexact on them.
 
         Raises:
-            DataError: a line that cannot be parsed (unless `on_error: skip`), a template without exact supervision.
+            DataError: a line that cannot be parsed (unless `on_error: skip`); no exact supervision.
         """
         while True:
             try:

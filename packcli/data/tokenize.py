@@ -83,7 +83,7 @@ class _Worker:
 
     def __init__(self, order: TokensOrder, root: Path) -> None:
         self._order, self._store = order, Store(root)
-        self._maker = Maker(order, tokenizers.load_directory(self._store.tokenizer(order.id)))
+        self._maker = Maker(order, tokenizers.stored(self._store.tokenizer(order.id)))
         self._names = sources.names(order.sources)
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> 
     streamed = [source for source in order.sources if sources.is_streamed(source)]
     if not streamed:
         return 0
-    maker = Maker(order, tokenizers.load_directory(store.tokenizer(order.id)))
+    maker = Maker(order, tokenizers.stored(store.tokenizer(order.id)))
     begun = number
     left = order.max_documents
     if left is not None:
@@ -217,7 +217,7 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
 class _Measurer:
     def __init__(self, order: TokensOrder, directory: Path) -> None:
         self._order = order
-        self._maker = Maker(order, tokenizers.load_directory(directory))
+        self._maker = Maker(order, tokenizers.stored(directory))
         self._names = sources.names(order.sources)
 
     def __call__(self, task: Task) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from packcli.data import chat, conversations, render, sources
 from packcli.errors import ConfigError, DataError
-from packcli.files import atomic_directory
+from packcli.files import atomic_directory, read_json
 from packcli.plan import TokenizerOrder, TokensOrder
 
 _FILE = "tokenizer.json"
@@ -39,16 +39,41 @@ def build(order: TokensOrder) -> Any:
 
 def load_directory(directory: Path) -> Any:
     """A tokenizer saved by `save_pretrained`."""
+    return _class(directory).from_pretrained(directory, local_files_only=True)
+
+
+def stored(directory: Path) -> Any:
+    """The same, loaded once in a process: half a second for 128K tokens. Not to be changed by who takes it."""
+    if directory not in _stored:
+        _stored[directory] = load_directory(directory)
+    return _stored[directory]
+
+
+_stored: dict[Path, Any] = {}
+
+
+def _class(directory: Path) -> Any:
+    """What loads a directory. `AutoTokenizer` imports torch, which takes longer than many a preparation."""
+    try:
+        plain = read_json(directory / "tokenizer_config.json")["tokenizer_class"] in _PLAIN
+    except (OSError, ValueError, KeyError, TypeError):
+        plain = False
+    if plain and not (directory / "config.json").exists():  # a model may ask for a class of its own
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoTokenizer
+
+
+_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _load(order: TokenizerOrder) -> Any:
-    from transformers import AutoTokenizer
-
+    name = order.name or ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(order.name, revision=order.revision or "main")
+        tokenizer = _class(Path(name)).from_pretrained(name, revision=order.revision or "main")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "check `model.tokenizer` (or `model.name`): a directory with tokenizer.json, or a hub id"

@@ -83,6 +83,9 @@ def _table(max_length: int, cells: list[Outlook], batch: int) -> Table:
     table.add_column("convs\n/ step", justify="right")
     table.add_column("sum of\nlength²", justify="right")
     for cell in cells:
+        if cell.ledger is None:
+            table.add_row(cell.arm, "none", *[""] * 9)
+            continue
         ledger = cell.ledger
         table.add_row(
             cell.arm,
@@ -104,13 +107,14 @@ def _picture(cells: list[Outlook]) -> Text:
     """Slots of each arm as a bar to scale: kept tokens, then padding."""
     from rich.text import Text
 
-    most = max(cell.ledger["slots"] for cell in cells)
+    made = [cell for cell in cells if cell.ledger]
+    most = max((cell.made["slots"] for cell in made), default=1)
     text = Text()
-    for cell in cells:
-        kept = round(_WIDTH * cell.ledger["tokens_kept"] / most)
-        padding = round(_WIDTH * cell.ledger["slots"] / most) - kept
+    for cell in made:
+        kept = round(_WIDTH * cell.made["tokens_kept"] / most)
+        padding = round(_WIDTH * cell.made["slots"] / most) - kept
         text.append(f"  {cell.arm:<18}").append("█" * kept, style="green").append("░" * padding, style="red")
-        text.append(f" {cell.ledger['slots']:,} slots\n")
+        text.append(f" {cell.made['slots']:,} slots\n")
     return text
 
 
@@ -126,6 +130,8 @@ def _legend(document: dict[str, Any]) -> Text:
     text = Text(
         "█ kept tokens  ░ padding  convs: conversations  sum of length²: what attention costs, in tokens²\n"
     )
+    for problem in dict.fromkeys(cell["problem"] for cell in document["cells"] if cell["problem"]):
+        text.append(f"none: {problem}\n")
     if document["rejected"]:
         text.append(f"{document['rejected']:,} conversations cannot be used (packcli prepare names them)\n")
     if crossing:
@@ -159,7 +165,7 @@ def _advice(advice: Advice, cells: list[Outlook], batch: int) -> Text:
     own = next(cell for cell in cells if cell.arm == advice.arm and cell.max_length == advice.max_length)
     text = Text().append(f"We would take `{advice.arm}` at {advice.max_length:,} tokens a row", style="bold")
     text.append(":\n" + "".join(f"  - {reason}\n" for reason in advice.reasons))
-    if own.conversations_per_row > 1:
+    if own.conversations_per_row and own.conversations_per_row > 1:
         text.append(
             f"  - 1 row = {own.conversations_per_row:.1f} conversations, so {batch} rows = "
             f"{own.documents_per_step:,.0f} conversations a step; to compare with padding at {batch}, set\n"
