@@ -66,7 +66,7 @@ def imap(
     except BrokenProcessPool:
         raise RunError("a worker process died (killed, or out of memory)", "run the same command again") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)  # an item takes seconds at most; nothing is left behind
 
 
 def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:

@@ -68,7 +68,7 @@ def conversation(record: Any, schema: Schema) -> Messages:
     Raises:
         Rejected: a field is missing or not text, a role is unknown, or no assistant turn has text.
     """
-    if not isinstance(record, Mapping):
+    if type(record) is not dict and not isinstance(record, Mapping):  # the second takes a while to ask
         raise Rejected("the record is not an object")
     match schema:
         case "messages":
@@ -83,30 +83,36 @@ def conversation(record: Any, schema: Schema) -> Messages:
             messages = [*_part(record, "question", "user"), *_part(record, "answer", "assistant")]
         case "tokenized":
             raise ValueError("a tokenized record holds no messages")
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise Rejected("no assistant turn")
-    if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
+    if not all(map(str.strip, answers)):
         raise Rejected("an assistant turn is empty")
     return messages
 
 
 def _turns(turns: Any, field: str, role_key: str, text_key: str) -> Messages:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+    if type(turns) is not list and not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         what = "missing" if turns is None else "not a list of turns" if turns else "empty"
         raise Rejected(f"`{field}` is {what}")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise Rejected(f"`{field}[{number}]` is not an object")
-        # Either naming is accepted in either field: both mixtures are common in the wild.
-        role = turn.get(role_key, turn.get("role", turn.get("from")))
-        text = turn.get(text_key, turn.get("content", turn.get("value")))
-        if str(role).lower() not in _ROLES:
-            raise Rejected(f"`{field}[{number}]`: unknown role `{role}`")
-        if not isinstance(text, str):
-            raise Rejected(f"`{field}[{number}]`: the text is {type(text).__name__}, not text")
-        messages.append({"role": _ROLES[str(role).lower()], "content": text})
-    return messages
+    return [_turn(turn, field, number, role_key, text_key) for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, field: str, number: int, role_key: str, text_key: str) -> dict[str, str]:
+    if type(turn) is dict:  # nearly all are, and well formed
+        role, text = turn.get(role_key), turn.get(text_key)
+        if type(text) is str and type(role) is str and role in _ROLES:
+            return {"role": _ROLES[role], "content": text}
+    if not isinstance(turn, Mapping):
+        raise Rejected(f"`{field}[{number}]` is not an object")
+    # Either naming is accepted in either field: both mixtures are common in the wild.
+    role = turn.get(role_key, turn.get("role", turn.get("from")))
+    text = turn.get(text_key, turn.get("content", turn.get("value")))
+    if str(role).lower() not in _ROLES:
+        raise Rejected(f"`{field}[{number}]`: unknown role `{role}`")
+    if not isinstance(text, str):
+        raise Rejected(f"`{field}[{number}]`: the text is {type(text).__name__}, not text")
+    return {"role": _ROLES[str(role).lower()], "content": text}
 
 
 def _instruction(record: Mapping[str, Any]) -> Messages:

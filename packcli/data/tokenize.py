@@ -58,12 +58,21 @@ def make(order: TokensOrder, store: Store, note: Note, part: tuple[int, int] = (
     tasks = _tasks(order, store)
     todo = [task for task in tasks if task.number % part[1] == part[0]]
     missing = [task for task in todo if not store.shard_record(order.id, task.number).exists()]
-    count = min(order.processes or processes.cores(), len(missing))
     done, made = len(todo) - len(missing), 0
-    for _, record in processes.imap(_Worker, (order, store.root), missing, count):
+    for _, record in processes.imap(_Worker, (order, store.root), missing, _num_processes(order, len(missing))):
         done, made = done + 1, made + record["tokens"]
         note(done, len(todo), f"{made:,} tokens")
     return tasks
+
+
+def _num_processes(order: TokensOrder, tasks: int) -> int:
+    """Another process takes as long to start as three pieces take to tokenize."""
+    if order.processes is not None:
+        return min(order.processes, tasks)
+    return min(processes.cores(), tasks) if tasks > _ALONE else 1
+
+
+_ALONE = 3
 
 
 def _tasks(order: TokensOrder, store: Store) -> list[Task]:
@@ -194,7 +203,7 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
     pieces = sources.pieces(order.sources, order.max_documents)
     first = conversations.first_pieces(pieces)
     tasks = [Task(number, piece, first[piece.file]) for number, piece in enumerate(pieces)]
-    count = min(order.processes or processes.cores(), len(tasks))
+    count = _num_processes(order, len(tasks))
     finished: dict[int, Any] = {}
     for place, part in processes.imap(_Measurer, (order, directory), tasks, count):
         finished[place] = part

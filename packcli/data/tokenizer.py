@@ -130,3 +130,5 @@ def prepare(order: TokensOrder, directory: Path) -> None:
         tokenizer = build(order)
         with atomic_directory(directory, replace=False) as unfinished:
             tokenizer.save_pretrained(unfinished)
+        if order.tokenizer.name:  # what comes back from disk is the same, half a second later
+            _stored[directory] = tokenizer

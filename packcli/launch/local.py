@@ -100,7 +100,9 @@ def _workers(plan: Plan, jobs: Sequence[_Job]) -> tuple[int, int]:
     cores = os.cpu_count() or 1
     asked = [plan.trains[id_].train.threads for job in jobs if job.kind == "train" for id_ in job.ids]
     threads = max((count or cores for count in asked), default=max(1, cores // 2))
-    count = max(1, min(len(jobs), cores // min(threads, cores)))
+    # One store is made by processes of its own, and its indexes take milliseconds: no worker waits for those.
+    wide = sum(job.kind in ("train", "eval") for job in jobs) or sum(job.kind == "tokens" for job in jobs) or 1
+    count = max(1, min(wide, cores // min(threads, cores)))
     return count, max(1, cores // count)
 
 
