@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any
 
 from packcli.errors import RunError
@@ -47,10 +49,16 @@ def imap(
             assert call is not None
             yield place, call(item)
         return
-    # A server forks them: what it imported is paid once, and no lock or thread of this process is copied.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([make.__module__, *_PRELOADED])
-    pool = ProcessPoolExecutor(count, context, _begin, (make, arguments))
+    global _call
+    ears, held = multiprocessing.Pipe(duplex=False)  # `held` closes when this process dies, whatever kills it
+    if _may_fork():
+        _call = make(*arguments)  # once for all: a tokenizer takes seconds to load and is only read
+        context: Any = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(count, context, _begin, (ears, held, None, ()))
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([make.__module__, *_PRELOADED])
+        pool = ProcessPoolExecutor(count, context, _begin, (ears, None, make, arguments))
     waiting = enumerate(items)
     try:
         running: dict[Future[Any], int] = {}
@@ -66,14 +74,34 @@ def imap(
     except BrokenProcessPool:
         raise RunError("a worker process died (killed, or out of memory)", "run the same command again") from None
     finally:
+        _call = None
         pool.shutdown(wait=True, cancel_futures=True)  # an item takes seconds at most; nothing is left behind
+        held.close()
 
 
-def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+def _may_fork() -> bool:
+    """A fork copies what is loaded for nothing, and the locks of running threads, too: torch has such threads."""
+    return sys.platform == "linux" and "torch" not in sys.modules and threading.active_count() == 1
+
+
+def _begin(
+    ears: Connection, held: Connection | None, make: Callable[..., Callable[[Any], Any]] | None, arguments: Any
+) -> None:
     global _call
-    die_with_parent(os.getppid())
+    if held is not None:
+        held.close()  # a fork's own copy, which would keep it from hearing
+    threading.Thread(target=_die_with, args=(ears,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _call = make(*arguments)
+    if make is not None:
+        _call = make(*arguments)
+
+
+def _die_with(ears: Connection) -> None:
+    """Wait for the end of whoever started this; a server of forks, the parent elsewhere, may live on."""
+    try:
+        ears.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def _do(item: Any) -> Any:

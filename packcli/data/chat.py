@@ -92,7 +92,7 @@ def conversation(record: Any, schema: Schema) -> Messages:
 
 
 def _turns(turns: Any, field: str, role_key: str, text_key: str) -> Messages:
-    if type(turns) is not list and not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+    if (type(turns) is not list and not isinstance(turns, Sequence)) or isinstance(turns, str) or not turns:
         what = "missing" if turns is None else "not a list of turns" if turns else "empty"
         raise Rejected(f"`{field}` is {what}")
     return [_turn(turn, field, number, role_key, text_key) for number, turn in enumerate(turns)]

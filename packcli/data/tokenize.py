@@ -66,13 +66,7 @@ def make(order: TokensOrder, store: Store, note: Note, part: tuple[int, int] = (
 
 
 def _num_processes(order: TokensOrder, tasks: int) -> int:
-    """Another process takes as long to start as three pieces take to tokenize."""
-    if order.processes is not None:
-        return min(order.processes, tasks)
-    return min(processes.cores(), tasks) if tasks > _ALONE else 1
-
-
-_ALONE = 3
+    return min(order.processes or processes.cores(), tasks)
 
 
 def _tasks(order: TokensOrder, store: Store) -> list[Task]:
@@ -159,7 +153,7 @@ def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
         "duplicates": len(content) - len(np.unique(content)),
         "shards": count,
         "files": list(files),
-        "vocab_size": len(tokenizers.load_directory(store.tokenizer(order.id))),
+        "vocab_size": len(tokenizers.stored(store.tokenizer(order.id))),
         "stop_token_ids": sorted({token for record in records for token in record["stop_token_ids"]}),
     }
 
