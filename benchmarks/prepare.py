@@ -9,8 +9,9 @@ The peers' environments are in `peers/trl.txt` and `peers/llamafactory.txt`. Dat
 too few, repeats them. Linux only: cores are pinned, and the CPU time of orphaned workers is collected.
 
 Programs take turns within a round, each with empty caches of its own. CPU seconds are user and system time of a
-program and all it starts. A peer's preparation leaves out what comes before it (imports, tokenizer, model); ours
-is always the whole command, start-up included. Prints Markdown; `--json FILE` keeps every run.
+program and all it starts. *Preparation* leaves out what comes before it (imports, loading the tokenizer, the
+peer's model), for peers and for us (a second run, in one process: our engine's own table of the vocabulary counts
+as preparation); *whole program* leaves out nothing. Prints Markdown; `--json FILE` keeps every run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one program, whole; `result` is what it said of itself (ours: the ledger)."""
+    """One run of one program, whole; `result` is what it said of itself."""
 
     cpu_s: float
     wall_s: float
@@ -49,10 +50,9 @@ class Run:
 
     @property
     def preparation(self) -> dict[str, float]:
-        """A peer's own steps, less those inside another; ours: the whole command."""
-        steps = [taken for name, taken in self.result.get("steps", {}).items() if not name.startswith("of it")]
-        whole = {"cpu_s": self.cpu_s, "wall_s": self.wall_s}
-        return {key: sum(taken[key] for taken in steps) if steps else whole[key] for key in whole}
+        """Its steps, less those inside another."""
+        steps = [taken for name, taken in self.result["steps"].items() if not name.startswith("of it")]
+        return {key: sum(taken[key] for taken in steps) for key in ("cpu_s", "wall_s")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,18 @@ class Setting:
 
     def steps(self) -> dict[str, float]:
         """CPU seconds of each of our steps, in order, in single processes on one core."""
-        stages, parts = self._steps("stages"), self._steps("parts")
-        beyond = stages.pop("tokens") - sum(parts.values())
-        plan, pack = stages.items()
-        return dict([plan, *parts.items(), ("write, checksums, the rest", beyond), pack])
+        stages, parts = self._steps("stages", 1), self._steps("parts", 1)
+        beyond = stages["tokens"]["cpu_s"] - sum(taken["cpu_s"] for taken in parts.values())
+        first, _, last = stages.items()
+        found = dict([first, *parts.items(), ("write, checksums, the rest", {"cpu_s": beyond}), last])
+        return {step: taken["cpu_s"] for step, taken in found.items()}
 
-    def _steps(self, mode: str) -> dict[str, float]:
+    def _steps(self, mode: str, cores: int) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
-            script, sweep = str(HERE / "peers" / "packcli_steps.py"), str(self._sweep(Path(name), 1))
-            *_, printed = _measured([sys.executable, script, mode, sweep, f"{name}/runs"], Path(name), 1)
-        return {step: taken["cpu_s"] for step, taken in json.loads(printed).items()}
+            script, sweep = str(HERE / "peers" / "packcli_steps.py"), str(self._sweep(Path(name), cores))
+            *_, printed = _measured([sys.executable, script, mode, sweep, f"{name}/runs"], Path(name), cores)
+        steps: dict[str, dict[str, float]] = json.loads(printed)
+        return steps
 
     def _ours(self, scratch: Path, cores: int, made: Path | None) -> Run:
         command = [sys.executable, "-m", "packcli", "prepare", str(self._sweep(scratch, cores))]
@@ -100,7 +102,7 @@ class Setting:
         [cell] = json.loads(printed)["cells"]
         if made:
             compare.save_store(Path(cell["tokens_path"]), cell["ledger"]["rows"], made)
-        return Run(cpu_s, wall_s, {"ledger": cell["ledger"]})
+        return Run(cpu_s, wall_s, {"ledger": cell["ledger"], "steps": self._steps("prepared", cores)})
 
     def _peer(self, python: str, script: str, scratch: Path, cores: int, made: Path | None) -> Run:
         given = {"data": self.data, "tokenizer": self.tokenizer, "scratch": scratch / "work"}
@@ -288,6 +290,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory, as peers/llama3.py makes one")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=" or ".join(SCRIPTS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one-core", action="store_true", help="leave out the runs with a process on every core")
     parser.add_argument("--json", type=Path, help="write every run and all results to this file")
     parser.add_argument("--scratch", type=Path, help="where runs and caches go for a while")
     given = parser.parse_args()
@@ -300,7 +303,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     given = _arguments()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    all_cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    all_cores, load = 1 if given.one_core else len(os.sched_getaffinity(0)), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=given.scratch) as name:
         data = Path(name) / "chats.jsonl"
         different = conversations.write(given.data, given.conversations, data)

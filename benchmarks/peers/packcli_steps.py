@@ -1,6 +1,7 @@
-"""The steps of `packcli prepare`, each in one process: `packcli_steps.py stages|parts SWEEP RUNS` prints JSON.
+"""The steps of `packcli prepare`: `packcli_steps.py prepared|stages|parts SWEEP RUNS` prints JSON.
 
-`stages` runs the plan and both stages as they are. `parts` runs what is inside the token stage, one step after
+`stages` runs the plan and both stages as they are; `prepared` too, once imports are done and the tokenizer is
+loaded, which is what a peer's preparation counts. `parts` runs what is inside the token stage, one step after
 another over all conversations at a time; what the stage takes beyond them is writing and checksums.
 """
 
@@ -25,6 +26,12 @@ def main() -> None:
     with measure.step(steps, "plan: sweep file, hashes of data"):
         plan = stages.make_plan(sweepfile.load(sweep), store := Store(runs))
     [tokens], [index] = plan.tokens.values(), plan.indexes.values()
+    if mode == "prepared":
+        import packcli.data.tokenize
+        from packcli.data import index, tokenizer
+
+        assert index and packcli.data.tokenize  # what the stages import
+        tokenizer.prepare(tokens, store.tokenizer(tokens.id))
     if mode == "parts":
         steps = _parts(tokens, store.tokenizer(tokens.id))
     else:
@@ -44,14 +51,14 @@ def _parts(order: Any, directory: Path) -> Steps:
     with measure.step(steps, "import transformers"):
         import transformers
 
-        assert transformers.AutoTokenizer  # it is lazy: this loads what the tokenizer needs
+        assert transformers.PreTrainedTokenizerFast  # it is lazy: this loads what the tokenizer needs
     with measure.step(steps, "tokenizer: load, copy to the store"):
         tokenizers.prepare(order, directory)
     with measure.step(steps, "tokenizer: load the copy, template, engine"):
         from packcli.data.encode import Encoder
         from packcli.data.render import Renderer
 
-        tokenizer = tokenizers.load_directory(directory)
+        tokenizer = tokenizers.stored(directory)
         renderer, encoder = Renderer(tokenizer, order.train_on), Encoder(tokenizer)
     with measure.step(steps, "read: JSON"):
         pieces = sources.pieces(order.sources, order.max_documents)
