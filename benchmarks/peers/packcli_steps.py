@@ -7,6 +7,7 @@ another over all conversations at a time; what the stage takes beyond them is wr
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -27,10 +28,10 @@ def main() -> None:
         plan = stages.make_plan(sweepfile.load(sweep), store := Store(runs))
     [tokens], [index] = plan.tokens.values(), plan.indexes.values()
     if mode == "prepared":
-        import packcli.data.tokenize
-        from packcli.data import index, tokenizer
+        for module in ("index", "tokenize"):  # what the stages import
+            importlib.import_module(f"packcli.data.{module}")
+        from packcli.data import tokenizer
 
-        assert index and packcli.data.tokenize  # what the stages import
         tokenizer.prepare(tokens, store.tokenizer(tokens.id))
     if mode == "parts":
         steps = _parts(tokens, store.tokenizer(tokens.id))
