@@ -6,7 +6,7 @@
 The peers' environments are in `peers/*.txt`. Lengths are drawn, not measured: `lognormal` has sigma 1 and is
 clipped to 8..4096 tokens; the sets of the last table have few or no short documents to fill rows with. CPU
 seconds, user and system, from lengths in memory to rows in memory, each time in a process of its own; the packers
-take turns, and the median counts. With peers it takes half an hour; `--largest 1200000` leaves out the last set.
+take turns, and the median counts. With peers it takes half an hour; `--documents 326000` runs one of the sets.
 """
 
 from __future__ import annotations
@@ -51,8 +51,12 @@ PEERS = {
 }
 # One round above this many documents: minutes each.
 SLOW_FROM = 2_000_000
-# Its time grows with the square of the set.
-LARGEST = {"llamafactory:greedy_knapsack, whole set": 400_000, "packcli:shuffled_first_fit": SLOW_FROM}
+# Documents above which a packer is left out: time grows with the square of the set, memory passes 20 GB, minutes.
+LARGEST = {
+    "llamafactory:greedy_knapsack, whole set": 400_000,
+    "trl:bfd, whole set": SLOW_FROM,
+    "packcli:shuffled_first_fit": SLOW_FROM,
+}
 
 
 def uniform(low: int, high: int) -> Drawn:
@@ -124,13 +128,13 @@ def measure(packers: dict[str, str], lengths: Ints) -> dict[str, list[dict[str, 
     return runs
 
 
-def speed(pythons: dict[str, str], largest: int) -> None:
+def speed(pythons: dict[str, str], only_documents: int | None) -> None:
     packers = {packer: sys.executable for packer in OURS}
     packers |= {packer: python for program, python in pythons.items() for packer in PEERS[program]}
     table("documents", "mean", "packer", "CPU s", "x best_fit", "rows", "over bound", "filled", "peak MiB")
     versions: dict[str, str] = {}
     for num_documents, mean in LOGNORMAL:
-        if num_documents > largest:
+        if only_documents not in (None, num_documents):
             continue
         lengths = lognormal(num_documents, mean)
         bound, tokens = packing.lower_bound(lengths, MAX_LENGTH), int(lengths.sum())
@@ -206,11 +210,12 @@ def main() -> None:
         metavar="NAME=PYTHON",
         help=f"of {', '.join(PEERS)}",
     )
-    parser.add_argument("--largest", type=int, default=LOGNORMAL[-1][0], help="leave out sets of more documents")
+    sizes = [num for num, _ in LOGNORMAL]
+    parser.add_argument("--documents", type=int, choices=sizes, help="only the lognormal set of this size")
     parser.add_argument("--only", choices=("speed", "bounds"), help="one of the two tables")
     given = parser.parse_args()
     if given.only != "bounds":
-        speed(dict(peer.split("=", 1) for peer in given.peer), given.largest)
+        speed(dict(peer.split("=", 1) for peer in given.peer), given.documents)
     if given.only != "speed":
         hard_sets()
 

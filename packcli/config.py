@@ -93,8 +93,8 @@ class ArmSpec(LayoutSpec):
             )
         if self.window is None and self.workers > 1:
             raise ValueError("`workers` needs a `window`")
-        if (self.remainder == "drop") != (self.packer == "concat" and self.window is not None):
-            raise ValueError("`remainder: drop` is what `packer: concat` does with a `window`, and only then")
+        if self.remainder == "drop" and (self.packer != "concat" or self.window is None):
+            raise ValueError("`remainder: drop` is for `packer: concat` in a `window`: others leave no rest")
         if self.order == "sorted" and self.layout == "pack":
             raise ValueError("`order: sorted` is for one document a row: packed rows are all of one length")
         if self.repack_each_epoch and (self.layout != "pack" or self.window is not None):

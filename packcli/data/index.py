@@ -172,7 +172,8 @@ def _pack(order: IndexOrder, documents: Documents, offered: Ints, fitted: Ints, 
         case "none":
             local = packing.one_per_row(lengths)
         case "concat" if layout.window:
-            local = released.concat(lengths, order.max_length, bounds)
+            keep = layout.remainder == "keep"
+            local = released.concat(lengths, order.max_length, bounds, keep_remainder=keep)
         case "concat":
             local = packing.concat(lengths, order.max_length, generator)
         case "next_fit_decreasing":
