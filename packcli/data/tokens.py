@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from packcli import processes
 from packcli.data.shards import Shard
 from packcli.errors import DataError, IntegrityError
 from packcli.files import atomic_write, read_json, sha256_file, write_json
@@ -70,12 +71,20 @@ def write(shard: Shard, store: Store, id_: str, number: int, engine: str) -> dic
 
 def check_shards(store: Store, id_: str, count: int) -> None:
     """Raise `IntegrityError` for a shard whose bytes are not those that were written."""
-    for number in range(count):
-        path = store.shard(id_, number)
-        if sha256_file(path) != read_json(store.shard_record(id_, number))["sha256"]:
-            raise IntegrityError(
-                f"{path}: its bytes changed (sha256 differs)", f"delete {path.parent} and run again"
-            )
+    paths = [store.shard(id_, number) for number in range(count)]
+    many = sum(path.stat().st_size for path in paths) > _LARGE_BYTES
+    for number, found in processes.imap(_Sha256, (), paths, processes.cores() if many else 1):
+        if found != read_json(store.shard_record(id_, number))["sha256"]:
+            path = paths[number]
+            raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", f"delete {path.parent} and run again")
+
+
+class _Sha256:
+    def __call__(self, path: Path) -> str:
+        return sha256_file(path)
+
+
+_LARGE_BYTES = 1 << 30  # a second and a half of sha256
 
 
 @dataclass(frozen=True, slots=True)
