@@ -70,6 +70,11 @@ class Store:
         if writable and not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"no permission to write in `{there}`", "choose another run directory with --runs")
 
+    def free_bytes(self) -> int:
+        """On the disk that holds, or will hold, the run directory."""
+        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
+
     def sweep(self, name: str) -> Path:
         return self.root / name
 

@@ -43,7 +43,7 @@ def tree(root: Path) -> dict[str, Any]:
     """Every file of a store, without what varies from run to run."""
     found: dict[str, Any] = {}
     for path in sorted((root / "store").rglob("*")):
-        if path.is_file() and path.name not in (".lock", "fingerprints.json"):
+        if path.is_file() and path.name != ".lock" and "fingerprints.json" not in path.name:  # a cache
             name = path.relative_to(root).as_posix()
             found[name] = normalized(read_json(path)) if path.name == "manifest.json" else sha256_file(path)
     return found
@@ -342,6 +342,20 @@ def test_a_damaged_shard_is_noticed_before_anything_is_packed(tmp_path: Path, ru
     assert "shard-00000.arrow" in done.stderr
 
 
+def test_a_disk_that_is_too_small_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packcli import stages, sweepfile
+    from packcli.errors import MissingError
+    from packcli.store import Store
+
+    data = write_lines(tmp_path / "x.jsonl", chat_records(50))
+    store = Store(tmp_path / "runs")
+    plan = stages.make_plan(sweepfile.load(sweep(tmp_path, str(data))), store)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: data.stat().st_size // 2)
+    with pytest.raises(MissingError, match="the token store needs about"):
+        stages.prepare_tokens(next(iter(plan.tokens.values())), store)
+    assert not list(store.root.glob("store/tokens/*/shard-*"))
+
+
 def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli: Cli) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -396,6 +410,24 @@ def test_a_plan_of_a_data_file_writes_nothing_and_tells_every_number(tmp_path: P
         assert cell["sum_squares"] > 0
     assert document["advice"]["arm"] in ARMS
     assert "learned from this data" in document["tokenizer"]
+
+
+def test_a_plan_of_a_papers_set_holds_its_step_counts_against_the_printed_ones() -> None:
+    from packcli import papersteps, views
+    from packcli.data.outlook import Outlook, Outlooks
+
+    plan = views.data_plan("tulu", "some/tokenizer", "llama3", 4096)
+    assert [order.sources[0].source for order in plan.tokens.values()] == ["tulu"]
+    first, _ = papersteps.allowed_rows("tulu", "llama3_8b", "greedy_released") or (0, 0)
+    rows = {"greedy_released": first, "random_released": 10}
+    cells = [
+        Outlook(labels={}, arm=arm, max_length=4096, ledger={"rows": count, "documents_validation": 0})
+        for arm, count in rows.items()
+    ]
+    found = views._paper(plan, Outlooks(distributions={}, rejected={}, cells=cells))
+    passed = {(item["arm"], item["model"]): item["passed"] for item in found or []}
+    assert passed["greedy_released", "llama3_8b"]
+    assert not passed["random_released", "llama3_8b"]
 
 
 def test_a_plan_is_what_prepare_then_makes(tmp_path: Path, run_cli: Cli) -> None:

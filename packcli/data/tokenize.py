@@ -17,7 +17,7 @@ from packcli.data import tokenizer as tokenizers
 from packcli.data.shards import Maker
 from packcli.data.sources import Piece, Record
 from packcli.data.tokens import Tokens
-from packcli.errors import DataError
+from packcli.errors import DataError, MissingError
 from packcli.files import atomic_write, json_line, read_json, write_json
 from packcli.plan import TokensOrder
 from packcli.store import Store
@@ -58,11 +58,26 @@ def make(order: TokensOrder, store: Store, note: Note, part: tuple[int, int] = (
     tasks = _tasks(order, store)
     todo = [task for task in tasks if task.number % part[1] == part[0]]
     missing = [task for task in todo if not store.shard_record(order.id, task.number).exists()]
+    _check_space([task.piece for task in missing], store)
     done, made = len(todo) - len(missing), 0
     for _, record in processes.imap(_Worker, (order, store.root), missing, _num_processes(order, len(missing))):
         done, made = done + 1, made + record["tokens"]
         note(done, len(todo), f"{made:,} tokens")
     return tasks
+
+
+def _check_space(pieces: list[Piece], store: Store) -> None:
+    """Raise `MissingError` where the shards to make will hardly fit on the disk: a byte of text becomes about one."""
+    needed = int(_BYTES_PER_BYTE * sum(sources.num_bytes(piece) for piece in pieces))
+    if needed > (free := store.free_bytes()):
+        raise MissingError(
+            f"the token store needs about {needed:,} bytes, {free:,} are free in `{store.root}`",
+            "free some space, choose another disk with --runs, or take less data with data.max_documents",
+        )
+
+
+# 4 bytes a token, and at least 3 of text in each: more would refuse what fits.
+_BYTES_PER_BYTE = 0.8
 
 
 def _num_processes(order: TokensOrder, tasks: int) -> int:

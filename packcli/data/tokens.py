@@ -76,7 +76,9 @@ def check_shards(store: Store, id_: str, count: int) -> None:
     for number, found in processes.imap(_Sha256, (), paths, processes.cores() if many else 1):
         if found != read_json(store.shard_record(id_, number))["sha256"]:
             path = paths[number]
-            raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", f"delete {path.parent} and run again")
+            raise IntegrityError(
+                f"{path}: its bytes changed (sha256 differs)", f"delete {path.parent} and run again"
+            )
 
 
 class _Sha256:
