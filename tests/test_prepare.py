@@ -364,7 +364,8 @@ def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli:
         pytest.skip("this process may not mount a small file system")
     try:
         data = write_lines(tmp_path / "x.jsonl", chat_records(4000))
-        done = run_cli("prepare", sweep(tmp_path, str(data)), "--runs", small / "runs", cwd=tmp_path)
+        path = sweep(tmp_path, str(data), max_documents=4000)  # so many, and their bytes are not known before
+        done = run_cli("prepare", path, "--runs", small / "runs", cwd=tmp_path)
         assert done.code == 6, done.stderr
         assert "bytes free" in done.stderr
         assert "Traceback" not in done.stderr

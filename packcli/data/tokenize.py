@@ -67,7 +67,7 @@ def make(order: TokensOrder, store: Store, note: Note, part: tuple[int, int] = (
 
 
 def _check_space(pieces: list[Piece], store: Store) -> None:
-    """Raise `MissingError` where the shards to make will hardly fit on the disk: a byte of text becomes about one."""
+    """Raise `MissingError` where the shards to make will hardly fit on the disk."""
     needed = int(_BYTES_PER_BYTE * sum(sources.num_bytes(piece) for piece in pieces))
     if needed > (free := store.free_bytes()):
         raise MissingError(
@@ -76,7 +76,7 @@ def _check_space(pieces: list[Piece], store: Store) -> None:
         )
 
 
-# 4 bytes a token, and at least 3 of text in each: more would refuse what fits.
+# A byte of text becomes about one of tokens; a little less, lest something is refused that would fit.
 _BYTES_PER_BYTE = 0.8
 
 
