@@ -155,7 +155,7 @@ def _look(plan: Plan, tokenizer: str, show: int | None, draw: Path | None, json:
     _print(document) if json else _show(outlook.render(document))
     if show or draw:
         with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
-            sample, store = views.sampled(plan, max(show or 0, 1000 if draw else 0), Path(scratch))
+            sample, store = views.sampled(plan, max(show or 0, views.SAMPLE), Path(scratch))
             _view(sample, store, show, draw, json)
 
 

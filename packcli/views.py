@@ -12,7 +12,7 @@ from packcli.config import ARMS, ArmSpec, DataSpec
 from packcli.data import corpus, hub
 from packcli.errors import ConfigError, DataError
 from packcli.files import atomic_write
-from packcli.plan import Plan
+from packcli.plan import Cell, Plan
 from packcli.store import Store
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from packcli.data.tokens import Tokens
 
 OWN_TOKENIZER = "none named: a BPE of 32,768 tokens learned from this data; name your model's for its true lengths"
+
+SAMPLE = 1000
+"""Conversations of a data file that are tokenized to show some: enough to fill rows as the whole set would."""
 
 _BATCH = 128  # rows a step, the paper's
 _DRAWN_MICRO_BATCH = 4
@@ -95,7 +98,7 @@ def show(plan: Plan, store: Store, count: int) -> Any:
     parts = []
     for id_ in dict.fromkeys(cell.tokens for cell in plan.cells):
         own = [cell for cell in plan.cells if cell.tokens == id_]
-        max_length = plan.indexes[own[0].index].max_length
+        max_length = _shown_length(plan, own)
         named: dict[str, str] = {}
         for cell in own:
             fits = plan.indexes[cell.index].max_length == max_length
@@ -109,6 +112,12 @@ def show(plan: Plan, store: Store, count: int) -> Any:
     return Group(*parts)
 
 
+def _shown_length(plan: Plan, cells: list[Cell]) -> int:
+    """Of several row lengths the middle one: for a data file, the one that was asked for."""
+    lengths = sorted({plan.indexes[cell.index].max_length for cell in cells})
+    return lengths[len(lengths) // 2]
+
+
 def draw(plan: Plan, store: Store, file: Path) -> None:
     """A dozen documents of the first token store, laid out by every arm of the plan, as one SVG file."""
     from packcli.data import draw as drawing
@@ -116,7 +125,7 @@ def draw(plan: Plan, store: Store, file: Path) -> None:
 
     first = plan.cells[0]
     own = [cell for cell in plan.cells if cell.tokens == first.tokens]
-    max_length = plan.indexes[first.index].max_length
+    max_length = _shown_length(plan, own)
     arms: dict[str, ArmSpec] = {}
     for cell in own:
         if plan.indexes[cell.index].max_length == max_length:
