@@ -5,8 +5,9 @@
 
 The peers' environments are in `peers/*.txt`. Lengths are drawn, not measured: `lognormal` has sigma 1 and is
 clipped to 8..4096 tokens; the sets of the last table have few or no short documents to fill rows with. CPU
-seconds, user and system, from lengths in memory to rows in memory, each time in a process of its own; the packers
-take turns, and the median counts. With peers it takes half an hour; `--documents 326000` runs one of the sets.
+seconds (user and system together, and user alone) go from lengths in memory to rows in memory, each time in a
+process of its own; the packers take turns, and the median counts. With peers it takes half an hour;
+`--documents 326000` runs one of the sets.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def measure(packers: dict[str, str], lengths: Ints) -> dict[str, list[dict[str, 
 def speed(pythons: dict[str, str], only_documents: int | None) -> None:
     packers = {packer: sys.executable for packer in OURS}
     packers |= {packer: python for program, python in pythons.items() for packer in PEERS[program]}
-    table("documents", "mean", "packer", "CPU s", "x best_fit", "rows", "over bound", "filled", "peak MiB")
+    table(
+        "documents", "mean", "packer", "CPU s", "user s", "x best_fit", "rows", "over bound", "filled", "peak MiB"
+    )
     versions: dict[str, str] = {}
     for num_documents, mean in LOGNORMAL:
         if only_documents not in (None, num_documents):
@@ -152,6 +155,7 @@ def speed(pythons: dict[str, str], only_documents: int | None) -> None:
                 f"{lengths.mean():.0f}",
                 packer.replace(":", " "),
                 f"{cpu_s:.3f}",
+                f"{median(run['user_s'] for run in taken):.3f}",
                 f"{cpu_s / ours:.1f}",
                 f"{rows:,}",
                 f"{rows / bound - 1:+.3%}" if kept else "",

@@ -44,6 +44,7 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The run direc
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Format = Literal["table", "md", "csv", "json"]
 DEFAULT_RUNS = Path("runs")
+_PIPE_WIDTH = 140
 
 
 def _open(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path) -> tuple[Plan, Store]:
@@ -129,34 +130,36 @@ def prepare(
                 "--only, --set, --export and --part need a sweep file", "see `packcli prepare --help`"
             )
         asked = views.data_plan(what, tokenizer, template, max_length or 4096)
-        _look(asked, tokenizer or views.OWN_TOKENIZER, show, draw, json)
+        _look(asked, None, tokenizer or views.OWN_TOKENIZER, show, draw, json)
         return
     if tokenizer or template or max_length:
         raise ConfigError(
             "--tokenizer, --template and --max-length are for a data file with --plan",
-            "with a sweep: --set model.tokenizer=..., data.template=..., data.max_length=...",
+            "with a sweep: --set model.tokenizer=... --set data.template=... --set data.max_length=...",
         )
     plan, store = _open(Path(what), set_, only, runs)
     if plan_only:
-        _look(plan, "that of each cell", show, draw, json)
+        _look(plan, store, "that of each cell", show, draw, json)
     elif part:
         _prepared_part(plan, store, views.part_of(part), json)
     else:
         _prepare(plan, store, show, draw, export, json)
 
 
-def _look(plan: Plan, tokenizer: str, show: int | None, draw: Path | None, json: bool) -> None:
+def _look(
+    plan: Plan, store: Store | None, tokenizer: str, show: int | None, draw: Path | None, json: bool
+) -> None:
     import tempfile
 
     from packcli import views
     from packcli.report import outlook
 
-    document = views.outlook(plan, tokenizer)
+    document = views.outlook(plan, tokenizer, store)
     _print(document) if json else _show(outlook.render(document))
     if show or draw:
         with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
-            sample, store = views.sampled(plan, max(show or 0, views.SAMPLE), Path(scratch))
-            _view(sample, store, show, draw, json)
+            sample, sampled = views.sampled(plan, max(show or 0, views.SAMPLE), Path(scratch))
+            _view(sample, sampled, show, draw, json)
 
 
 def _prepare(
@@ -374,7 +377,7 @@ def _show(renderable: Any) -> None:
 
     console = Console()
     # Into a file or a pipe there is no width to respect: let no column be cut.
-    Plain(width=None if console.is_terminal else max(console.width, 140)).print(renderable)
+    Plain(width=None if console.is_terminal else max(console.width, _PIPE_WIDTH)).print(renderable)
 
 
 def _finish(failures: Iterable[Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 
@@ -173,7 +173,10 @@ class SourceSpec(Spec):
     weight: PositiveFloat = 1.0
 
 
-Source = Annotated[str, Field(min_length=1)] | SourceSpec
+def _blocks(value: Any) -> Any:
+    """`source` as a list of blocks, whether it was written as one name, one block or a list of either."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in listed]
 
 
 class DataSpec(Spec):
@@ -184,7 +187,7 @@ class DataSpec(Spec):
     processes    that read and tokenize; unset: one a core. Changes no result and enters no id.
     """
 
-    source: Annotated[str, Field(min_length=1)] | SourceSpec | Annotated[list[Source], Field(min_length=1)]
+    source: Annotated[tuple[SourceSpec, ...], BeforeValidator(_blocks), Field(min_length=1)]
     max_length: Annotated[int, Field(ge=2, le=1 << 24)]
     validation: Fraction = 0.0
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
@@ -197,12 +200,10 @@ class DataSpec(Spec):
 
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
-        """Every source as a block, `mapping` filled in."""
-        listed = self.source if isinstance(self.source, list) else [self.source]
-        blocks = [SourceSpec(source=item) if isinstance(item, str) else item for item in listed]
+        """Every source, `mapping` filled in."""
         return tuple(
             block.model_copy(update={"mapping": self.mapping}) if block.mapping is None else block
-            for block in blocks
+            for block in self.source
         )
 
 

@@ -212,22 +212,23 @@ def _materialise(plan: Plan, lengths: Ints, rng: np.random.Generator) -> Rows:
     row_in_group = shuffled - bounds(group_rows)[row_group]
     offsets = bounds(np.diff(group_column)[row_group])
 
-    column = np.empty(len(lengths), np.int32)  # of each segment
+    document = np.empty(len(lengths), np.int64)  # at first, the column of each segment
     for first, last in _blocks(offsets):
         width = np.diff(offsets[first : last + 1])
         segment, row = np.arange(offsets[first], offsets[last]), np.repeat(np.arange(first, last), width)
-        inside = segment + np.repeat(group_column[row_group[first:last]] - offsets[first:last], width)
-        key = _keys(row, inside, (len(offsets) - 2, len(column_length) - 1), rng)
-        column[offsets[first] : offsets[last]] = _sorted_items(key, len(column_length) - 1)
+        column = segment + np.repeat(group_column[row_group[first:last]] - offsets[first:last], width)
+        key = _keys(row, column, (len(offsets) - 2, len(column_length) - 1), rng)
+        document[offsets[first] : offsets[last]] = _sorted_items(key, len(column_length) - 1)
 
+    # Large arrays are used twice: memory touched for the first time costs as much as a sort.
     stop = _shuffled_order(lengths, rng)
-    named = stop.astype(np.int32)  # half the memory to gather from; what held it gets new contents below
-    document = np.empty(len(lengths), np.int64)
+    named = stop.astype(np.int32)
     for first, last in _blocks(offsets):
         at = slice(offsets[first], offsets[last])
-        place = column_place[column[at]] + np.repeat(row_in_group[first:last], np.diff(offsets[first : last + 1]))
+        column = document[at]
+        place = column_place[column] + np.repeat(row_in_group[first:last], np.diff(offsets[first : last + 1]))
+        stop[at] = column_length[column]
         document[at] = named[place]
-        stop[at] = column_length[column[at]]
     return Rows(document, np.zeros(len(lengths), np.int64), stop, offsets)
 
 

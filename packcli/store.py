@@ -35,6 +35,8 @@ from packcli.plan import VERSIONS, Kind, Plan
 State = Literal["pending", "running", "done", "failed"]
 
 MANIFEST = "manifest.json"
+EXPORT = "packcli.json"
+"""Lists the files of an export, which may lie anywhere."""
 LOGS = frozenset({"metrics.jsonl"})
 
 
@@ -251,7 +253,7 @@ def records(directory: Path) -> dict[str, FileRecord]:
 def verify(directory: Path) -> int:
     """Check every file of a directory against the manifest that vouches for it; how many were checked.
 
-    A stage or checkpoint directory, a part of one (`final/`), or a store of many.
+    A stage or checkpoint directory, a part of one (`final/`), a store of many, or an export.
 
     Raises:
         ConfigError: no such directory.
@@ -259,6 +261,8 @@ def verify(directory: Path) -> int:
     """
     if not directory.is_dir():
         raise ConfigError(f"no directory `{directory}`", "name a directory below runs/store")
+    if (directory / EXPORT).exists():
+        return _verify_listed(directory / EXPORT, "files", directory)
     home = next((path for path in (directory, *directory.absolute().parents) if (path / MANIFEST).exists()), None)
     if home is None:
         stages = sorted(path.parent for path in directory.rglob(MANIFEST))
@@ -266,13 +270,18 @@ def verify(directory: Path) -> int:
             hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
             raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint)
         return sum(map(verify, stages))
-    path = home / MANIFEST
+    return _verify_listed(home / MANIFEST, "outputs", directory)
+
+
+def _verify_listed(path: Path, key: str, inside: Path) -> int:
+    """Check the files that `path` lists under `key`, of those that lie in `inside`."""
+    home = path.parent
     try:
-        outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)["outputs"].items()}
+        outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise IntegrityError(f"{path}: not a manifest", f"delete {home} and run again") from None
-    inside = directory.absolute()
-    outputs = {name: record for name, record in outputs.items() if (home.absolute() / name).is_relative_to(inside)}
+    within = inside.absolute()
+    outputs = {name: record for name, record in outputs.items() if (home.absolute() / name).is_relative_to(within)}
     _check(home, outputs, checksums=True)
     return len(outputs)
 

@@ -301,6 +301,8 @@ def _keys_at(location: Sequence[int | str]) -> tuple[str, ...]:
     """Names of the keys allowed at a place in the schema."""
     model: type[BaseModel] = CellSpec
     for part in location:
+        if isinstance(part, int):  # one of a list: its items have the keys
+            continue
         field = model.model_fields.get(str(part))
         models = _models(field.annotation) if field else []
         if not models:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from packcli import log, papersteps, stages
 from packcli.config import ARMS, ArmSpec, DataSpec
-from packcli.data import corpus, hub
+from packcli.data import corpus, formats, hub
 from packcli.errors import ConfigError, DataError
 from packcli.files import atomic_write
 from packcli.plan import Cell, Plan
 from packcli.store import Store
+from packcli.yamlfile import parse
 
 if TYPE_CHECKING:
     from packcli.data.index import Index
@@ -32,7 +36,11 @@ _SWEEP_SUFFIXES = (".yaml", ".yml")
 def is_data(name: str) -> bool:
     """Whether an argument names data rather than a sweep file."""
     return Path(name).suffix not in _SWEEP_SUFFIXES and (
-        Path(name).exists() or name in corpus.SOURCES or hub.is_dataset(name)
+        Path(name).exists()
+        or Path(name).suffix in formats.SUFFIXES
+        or any(character in name for character in "*?[")
+        or name in corpus.SOURCES
+        or hub.is_dataset(name)
     )
 
 
@@ -41,14 +49,29 @@ def lengths_around(max_length: int) -> list[int]:
     return sorted({max(2, max_length // 2), max_length, 2 * max_length})
 
 
-def data_plan(source: str, tokenizer: str | None, template: str | None, max_length: int) -> Plan:
-    """Every built-in arm at several row lengths, for a data file; see `stages.data_plan`."""
-    data = DataSpec(source=source, max_length=max_length, template=template)
+def data_plan(
+    source: str, tokenizer: str | None, template: str | None, max_length: int, sets: Sequence[str] = ()
+) -> Plan:
+    """Every built-in arm at several row lengths, for a data file; `sets`: `data.KEY=VALUE`, as for a sweep."""
+    given: dict[str, Any] = {"source": source, "max_length": max_length, "template": template}
+    for item in sets:
+        key, _, value = item.partition("=")
+        if not key.startswith("data.") or key.count(".") > 1 or key[5:] in given:
+            raise ConfigError(
+                f"`--set {item}`: of a data file only other keys of `data` can be set", "data.mapping=..."
+            )
+        given[key[5:]] = parse(f"value: {value}", f"--set {key}")[0]["value"]
+    try:
+        data = DataSpec.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"`data.{where}`: {first['msg']}", "see docs/sweep_file.md") from None
     lengths = lengths_around(max_length)
     return stages.data_plan(data, lengths, tokenizer or "train", arms=list(ARMS), batch=_BATCH)
 
 
-def outlook(plan: Plan, tokenizer: str) -> dict[str, Any]:
+def outlook(plan: Plan, tokenizer: str, store: Store | None) -> dict[str, Any]:
     """What each arm would make of the data, as one JSON document; writes nothing."""
     from packcli.data import outlook as outlooks
     from packcli.report import outlook as reports
@@ -59,9 +82,22 @@ def outlook(plan: Plan, tokenizer: str) -> dict[str, Any]:
         def note(done: int, total: int, remark: str) -> None:
             display.update(bar, completed=done, total=total or None, note=remark)
 
-        looked = outlooks.look(plan, note)
-    document = reports.collect(plan, looked, batch=_BATCH, tokenizer=tokenizer)
+        looked = outlooks.look(plan, note, _known(plan, store))
+    document = reports.collect(plan, looked, tokenizer=tokenizer)
     return {**document, "paper": _paper(plan, looked)}
+
+
+def _known(plan: Plan, store: Store | None) -> dict[str, Any]:
+    """What a sweep has prepared already."""
+    from packcli.data.outlook import Known
+
+    found = {}
+    for id_ in plan.tokens if store else ():
+        assert store is not None
+        if manifest := store.manifest("tokens", id_):
+            results = manifest.results
+            found[id_] = Known(_tokens(store, id_), results["conversations"], results["rejected"])
+    return found
 
 
 def _paper(plan: Plan, looked: Any) -> list[dict[str, Any]] | None:

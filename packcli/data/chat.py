@@ -24,7 +24,7 @@ _ROLES = {
 }
 _ACCEPTED = (
     "`messages` (role, content), `conversations` (from, value), `instruction` with `output` or `response`, "
-    "`prompt` with `completion`, `question` with `answer`"
+    "`prompt` with `completion`, `question` with `answer`, `input_ids` (tokenized)"
 )
 # Part of what "the same conversation" means: changing it moves documents between training and validation.
 _CONTENT_SALT = b"packcli content 1\n"

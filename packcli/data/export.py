@@ -36,6 +36,7 @@ from packcli.errors import ConfigError
 from packcli.files import atomic_directory, digest, read_json, sha256_file, write_json
 from packcli.packing import Rows
 from packcli.plan import IndexOrder
+from packcli.store import EXPORT
 
 Ints = NDArray[np.int64]
 
@@ -43,7 +44,7 @@ COLUMNS = ("input_ids", "labels", "position_ids", "seq_lengths", "document_lengt
 IGNORED = -100
 """What every trainer here takes for "no loss on this token"."""
 
-_MARKER, _FORMAT = "packcli.json", 1
+_MARKER, _FORMAT = EXPORT, 1
 _SHARD_TOKENS = 32 << 20  # three columns of 4 bytes: files of 400 MB, as `datasets` makes them
 _BATCH_TOKENS = 1 << 20
 _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])

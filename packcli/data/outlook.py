@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packcli import batching
-from packcli.config import ArmSpec, Spec
+from packcli.config import ArmSpec, BatchUnit, Spec
 from packcli.data import index as indexes
 from packcli.data import tokenize
-from packcli.data.tokenize import Lengths
 from packcli.errors import DataError
 from packcli.plan import Plan, TrainOrder
 
@@ -28,7 +28,8 @@ class Outlook(Spec):
 
     ledger                  as `packcli prepare` prints it; None: the arm makes nothing of this data, see `problem`
     conversations_per_row   documents that start in a row, on average
-    steps_per_epoch         of `global_batch` as the arm counts it
+    global_batch            what a step holds, counted in `batch_unit`
+    steps_per_epoch         of that size; the last one may be smaller
     documents_per_step      on average: what a step holds
     sum_squares             of the lengths that attention runs over, in tokens^2 (crossing arms: whole rows)
     """
@@ -36,6 +37,8 @@ class Outlook(Spec):
     labels: dict[str, str]
     arm: str
     max_length: int
+    global_batch: int
+    batch_unit: BatchUnit
     ledger: dict[str, Any] | None
     conversations_per_row: float | None = None
     steps_per_epoch: int | None = None
@@ -72,24 +75,36 @@ class Outlooks(Spec):
     cells: list[Outlook]
 
 
-def look(plan: Plan, note: Note) -> Outlooks:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Documents that a store holds already, and how many conversations were read and rejected for them."""
+
+    documents: indexes.Documents
+    conversations: int
+    rejected: int
+
+
+def look(plan: Plan, note: Note, known: Mapping[str, Known]) -> Outlooks:
     """Tokenize each source once, keep the lengths, pack them every way the plan asks for.
+
+    `known`: token store id -> what is prepared already, and not tokenized again.
 
     Raises:
         DataError: as `tokenize.build`; no document is left to train on.
     """
-    found: dict[str, Lengths] = {}
+    found = dict(known)
     wanted = dict.fromkeys(cell.tokens for cell in plan.cells)
     with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
-        for id_ in wanted:
-            found[id_] = tokenize.measure(plan.tokens[id_], Path(scratch) / id_, note)
+        for id_ in (id_ for id_ in wanted if id_ not in found):
+            measured = tokenize.measure(plan.tokens[id_], Path(scratch) / id_, note)
+            found[id_] = Known(measured, measured.conversations, len(measured.rejected))
     packed: dict[str, tuple[indexes.Index, dict[str, Any]] | DataError] = {}
     cells = []
     for cell in plan.cells:
-        order, lengths = plan.indexes[cell.index], found[cell.tokens]
+        order, have = plan.indexes[cell.index], found[cell.tokens]
         if order.id not in packed:
             try:
-                index, _, ledger = indexes.build(order, lengths, lengths.conversations, len(lengths.rejected))
+                index, _, ledger = indexes.build(order, have.documents, have.conversations, have.rejected)
                 packed[order.id] = index.epoch(0), ledger
             except DataError as error:
                 packed[order.id] = error
@@ -97,8 +112,8 @@ def look(plan: Plan, note: Note) -> Outlooks:
     if all(cell.ledger is None for cell in cells):
         raise DataError(str(cells[0].problem), "see docs/data.md")
     return Outlooks(
-        distributions={id_: _distribution(lengths.lengths) for id_, lengths in found.items()},
-        rejected={id_: len(lengths.rejected) for id_, lengths in found.items()},
+        distributions={id_: _distribution(found[id_].documents.lengths) for id_ in wanted},
+        rejected={id_: found[id_].rejected for id_ in wanted},
         cells=cells,
     )
 
@@ -107,8 +122,18 @@ def _outlook(
     labels: dict[str, str], train: TrainOrder, packed: tuple[indexes.Index, dict[str, Any]] | DataError
 ) -> Outlook:
     arm, spec = labels.get("arm", ""), train.train
+    batch, unit = spec.global_batch, spec.batch_unit
     if isinstance(packed, DataError):
-        return Outlook(labels=labels, arm=arm, max_length=train.max_length, ledger=None, problem=packed.cause)
+        problem = f"{arm} at {train.max_length:,} tokens: {packed.cause}"
+        return Outlook(
+            labels=labels,
+            arm=arm,
+            max_length=train.max_length,
+            global_batch=batch,
+            batch_unit=unit,
+            ledger=None,
+            problem=problem,
+        )
     index, ledger = packed
     steps = batching.steps(
         index.sizes,
@@ -123,6 +148,8 @@ def _outlook(
         labels=labels,
         arm=arm,
         max_length=train.max_length,
+        global_batch=batch,
+        batch_unit=unit,
         ledger=ledger,
         conversations_per_row=documents / ledger["rows"],
         steps_per_epoch=len(steps),
@@ -163,7 +190,7 @@ def _distribution(lengths: NDArray[np.int64]) -> Distribution:
 FREE_OF_LOSS = 0.001
 """Share of training tokens cut or dropped below which a row length is long enough."""
 
-_WORTH_PACKING = 1.2
+_WORTH_PACKING, _WORTH_ROWS = 1.2, 0.8
 
 
 class Advice(Spec):
@@ -172,39 +199,60 @@ class Advice(Spec):
     reasons: list[str]
 
 
-def advise(cells: list[Outlook], arms: Mapping[str, ArmSpec]) -> Advice | None:
-    """The arm we would take of those looked at, and why.
+def advise(cells: list[Outlook], arms: Mapping[str, ArmSpec], longest: int) -> Advice | None:
+    """The arm we would take of those looked at, at the middle one of their row lengths, and why.
 
     Only arms that train on the same objective as padding qualify: whole documents that do not see each other.
-    Of these, the one that computes on the fewest slots; where rows hold hardly more than one conversation, the
-    simplest. The row length is the shortest that cuts or drops at most `FREE_OF_LOSS` of the tokens. None: no arm
-    looked at qualifies.
+    `best_fit` of these, unless its rows stay so empty or so single that packing gains nothing: then
+    `padding_free`. None: no arm looked at qualifies. `longest`: tokens of the longest conversation.
     """
     safe = [cell for cell in cells if cell.ledger and _keeps_the_objective(arms[cell.arm])]
     if not safe:
         return None
-    by_length: dict[int, list[Outlook]] = {}
-    for cell in safe:
-        by_length.setdefault(cell.max_length, []).append(cell)
-    length = next((n for n in sorted(by_length) if lost(by_length[n][0]) <= FREE_OF_LOSS), max(by_length))
-    own = {cell.arm: cell for cell in by_length[length]}
+    lengths = sorted({cell.max_length for cell in safe})
+    length = lengths[len(lengths) // 2]
+    own = {cell.arm: cell for cell in safe if cell.max_length == length}
     best = own.get("best_fit") or min(own.values(), key=lambda cell: cell.made["slots"])
-    padded = own.get("padding") or max(own.values(), key=lambda cell: cell.made["slots"])
-    ratio = padded.made["slots"] / best.made["slots"]
-    padding = 1 - best.made["efficiency"]
-    reasons = [
-        f"a row holds {best.conversations_per_row:.1f} conversations and {padding:.2%} padding",
-        f"an epoch computes {best.made['slots']:,} slots, {ratio:.1f} times fewer than `{padded.arm}`",
-        "documents stay whole and do not see each other, so with equal batches the gradient is that of padding",
-    ]
-    if (best.conversations_per_row or 0) < _WORTH_PACKING and "padding_free" in own:
-        best = own["padding_free"]
+    free = own.get("padding_free")
+    if free and (best.made["efficiency"] < _WORTH_ROWS or (best.conversations_per_row or 0) < _WORTH_PACKING):
+        rows = f"rows of {length:,} tokens would hold {best.conversations_per_row or 1:.1f} conversations"
         reasons = [
-            "rows would hold hardly more than one conversation: packing gains nothing, padding-free is simpler"
+            f"{rows} and {1 - best.made['efficiency']:.1%} padding: packing gains nothing over padding-free"
         ]
-    share = lost(by_length[length][0])
-    reasons.append(f"at {length:,} tokens a row, {share:.2%} of the training tokens are cut or dropped")
-    return Advice(arm=best.arm, max_length=length, reasons=reasons)
+        best = free
+    else:
+        reasons = _reasons(best, own)
+    return Advice(arm=best.arm, max_length=length, reasons=[*reasons, _of_length(best, safe, longest)])
+
+
+def _reasons(best: Outlook, own: dict[str, Outlook]) -> list[str]:
+    padding = 1 - best.made["efficiency"]
+    reasons = [f"a row holds {best.conversations_per_row:.1f} conversations and {padding:.2%} padding"]
+    if padded := own.get("padding"):
+        ratio = padded.made["slots"] / best.made["slots"]
+        slots = f"{best.made['slots']:,}"
+        reasons.append(f"an epoch computes {slots} slots, {ratio:.1f} times fewer than `padding`")
+    if free := own.get("padding_free"):
+        slots = f"{free.made['slots']:,}"
+        reasons.append(
+            f"`padding_free` computes about as much ({slots}), in batches whose size varies from step to step"
+        )
+    reasons.append(
+        "documents stay whole and apart: with the same conversations in a step, the gradient is that of padding"
+    )
+    return reasons
+
+
+def _of_length(best: Outlook, safe: list[Outlook], longest: int) -> str:
+    share = f"at {best.max_length:,} tokens a row, {lost(best):.2%} of the training tokens are cut or dropped"
+    others = [cell for cell in safe if cell.arm == best.arm]
+    if lost(best) > FREE_OF_LOSS:
+        less = [f"{lost(cell):.2%} at {cell.max_length:,}" for cell in others if cell.max_length > best.max_length]
+        return f"{share} ({', '.join([*less, f'none at {longest:,}, the longest conversation'])})"
+    shorter = [
+        cell.max_length for cell in others if cell.max_length < best.max_length and lost(cell) <= FREE_OF_LOSS
+    ]
+    return f"{share}; {min(shorter):,} would do too, with more steps of fewer conversations" if shorter else share
 
 
 def _keeps_the_objective(arm: ArmSpec) -> bool:

@@ -159,8 +159,7 @@ def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
     _write_rejected(store.rejected(order.id), rejected)
     files = sources.names(order.sources)
     if not totals["documents"]:
-        reasons = ", ".join(sorted({item["reason"] for item in rejected})[:3]) or "the source is empty"
-        raise DataError(f"no usable conversation in {', '.join(files)}: {reasons}", "see docs/data.md")
+        raise _nothing_usable(order, rejected)
     content = Tokens(store, order.id, files=list(files), shards=count).content
     return {
         **totals,
@@ -180,6 +179,13 @@ def provenance(order: TokensOrder, store: Store) -> dict[str, Any]:
         "engines": sorted(engines),
         "revisions": [hub.resolved(source) for source in order.sources if hub.is_dataset(source.source)],
     }
+
+
+def _nothing_usable(order: TokensOrder, rejected: list[dict[str, Any]]) -> DataError:
+    reasons = ", ".join(sorted({item["reason"] for item in rejected})[:3]) or "the source is empty"
+    return DataError(
+        f"no usable conversation in {', '.join(sources.names(order.sources))}: {reasons}", "see docs/data.md"
+    )
 
 
 def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
@@ -218,6 +224,8 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
         finished[place] = part
         note(len(finished), len(tasks), f"{sum(int(p[0].sum()) for p in finished.values()):,} tokens")
     parts = [finished[place] for place in range(len(tasks))]
+    if not any(len(part[0]) for part in parts):
+        raise _nothing_usable(order, [item for part in parts for item in part[6]])
     base = np.cumsum([0, *(len(part[0]) for part in parts)])
     return Lengths(
         lengths=np.concatenate([part[0] for part in parts]),

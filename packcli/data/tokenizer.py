@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from packcli.data import chat, conversations, render, sources
-from packcli.errors import ConfigError, DataError
+from packcli.data import chat, conversations, hub, render, sources
+from packcli.errors import ConfigError, DataError, MissingError
 from packcli.files import atomic_directory, read_json
 from packcli.plan import TokenizerOrder, TokensOrder
 
@@ -72,15 +72,39 @@ _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 def _load(order: TokenizerOrder) -> Any:
     name = order.name or ""
+    hint = "name a directory with tokenizer.json, or a hub id such as Qwen/Qwen2.5-0.5B"
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"no tokenizer directory `{name}`", hint)
+    online = local or _answers(name, order.revision)
     try:
-        tokenizer = _class(Path(name)).from_pretrained(name, revision=order.revision or "main")
+        loader = _class(Path(name))
+        tokenizer = loader.from_pretrained(name, revision=order.revision or "main", local_files_only=not online)
     except (OSError, ValueError) as error:
+        if not online:
+            offline = "connect, or name a directory that holds it"
+            raise MissingError(
+                f"the hub cannot be reached, and tokenizer `{name}` is not in its cache", offline
+            ) from None
         reason = str(error).strip().splitlines()[0]
-        hint = "check `model.tokenizer` (or `model.name`): a directory with tokenizer.json, or a hub id"
-        raise ConfigError(f"cannot load tokenizer `{order.name}`: {reason}", hint) from None
+        raise ConfigError(f"cannot load tokenizer `{name}`: {reason}", hint) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer `{order.name}` has no fast version", "packcli needs a tokenizer.json")
     return tokenizer
+
+
+def _answers(name: str, revision: str | None) -> bool:
+    """Whether the hub answers within seconds; transformers alone would retry for a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_S)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # what it said comes again when the files are asked for
+    except Exception:  # whatever the HTTP library of this version raises: no answer came
+        return False
+    return True
 
 
 def _train(order: TokenizerOrder) -> Any:
@@ -115,6 +139,9 @@ def _training_split(order: TokenizerOrder) -> list[chat.Messages]:
     for _, found in conversations.everything(order.sources, order.max_documents):
         if isinstance(found, chat.Rejected | DataError):
             reasons.add(str(found))
+        elif isinstance(found, conversations.Tokenized):
+            fix = "name the tokenizer it was made with: `model.tokenizer`, or --tokenizer"
+            raise ConfigError("the data is tokenized already: no tokenizer can be learned from it", fix)
         elif isinstance(found, list) and not chat.in_validation(chat.content_hash(found), order.validation):
             kept.append(found)
     if not kept:

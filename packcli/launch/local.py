@@ -91,7 +91,7 @@ def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
     with _pool(store, plan.name, count, threads) as workers, _terminable():
         _schedule(state, workers)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    log.logger.info("finished after %d min %d s", minutes, seconds)
+    log.logger.info("%s after %d min %d s", "failed" if state.failures else "finished", minutes, seconds)
     return state.failures
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packcli.plan import Plan
+from packcli.report.fit import Fitted
 from packcli.store import Store
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Each block adds up: its first line is the sum of those below it, up to the blank.
 _BLOCKS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -68,31 +66,24 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
     return {"cells": cells}
 
 
-def table(document: dict[str, Any]) -> Table:
+def table(document: dict[str, Any]) -> Fitted:
     """One column per distinct row index; of several seeds the first."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     columns = _columns(document)
     caption = "One epoch. Of several seeds, the first."
     rejecting = (c for c in document["cells"] if c["ledger"] and c["ledger"]["conversations_rejected"])
     for path in dict.fromkeys(cell["rejected_path"] for cell in rejecting):
-        caption += f"\nRejected conversations, with reasons: {escape(path)}"
+        caption += f"\nRejected conversations, with reasons: {path}"
     for words, key in _REMARKS:
         if most := max((cell[key] or 0 for cell in document["cells"]), default=0):
             caption += f"\n{most:,} {words}"
-    shown = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    shown.add_column("ledger", no_wrap=True)
-    for name, _ in columns:
-        shown.add_column(escape(name), justify="right")
-    for block in _BLOCKS:
-        for words, key in block:
-            shown.add_row(words, *("failed" if ledger is None else f"{ledger[key]:,}" for _, ledger in columns))
-        shown.add_row()
-    efficiency = ("failed" if ledger is None else f"{ledger['efficiency']:.2%}" for _, ledger in columns)
-    shown.add_row("efficiency: kept tokens / slots", *efficiency)
-    return shown
+    texts = [text for block in _BLOCKS for text, _ in (*block, ("", ""))]
+    keys = [key for block in _BLOCKS for _, key in (*block, ("", ""))]
+    shown = [("ledger", [*texts, "efficiency: kept tokens / slots"])]
+    for name, ledger in columns:
+        cells = ["" if not key else "failed" if ledger is None else f"{ledger[key]:,}" for key in keys]
+        cells.append("failed" if ledger is None else f"{ledger['efficiency']:.2%}")
+        shown.append((name, cells))
+    return Fitted(shown, caption=caption)
 
 
 def _columns(document: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from packcli.config import ARMS, ArmSpec
 from packcli.data import outlook
 from packcli.data.outlook import Advice, Distribution, Outlook, Outlooks
 from packcli.plan import Plan
+from packcli.report.fit import Fitted
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -18,15 +19,16 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 44
 
 
-def collect(plan: Plan, looked: Outlooks, *, batch: int, tokenizer: str) -> dict[str, Any]:
+def collect(plan: Plan, looked: Outlooks, *, tokenizer: str) -> dict[str, Any]:
     """The JSON document: every number of the table, the histogram of lengths, the advice."""
     arms = {cell.labels["arm"]: plan.trains[cell.train].arm for cell in plan.cells}
-    advice = outlook.advise(looked.cells, arms)
+    longest = max(found.longest for found in looked.distributions.values())
+    advice = outlook.advise(looked.cells, arms, longest)
     return {
         "tokenizer": tokenizer,
-        "global_batch": batch,
         "documents": [item.model_dump() for item in looked.distributions.values()],
         "rejected": sum(looked.rejected.values()),
+        "crossing": [name for name, arm in arms.items() if arm.attention == "causal"],
         "cells": [cell.model_dump() for cell in looked.cells],
         "advice": advice.model_dump() if advice else None,
     }
@@ -41,12 +43,12 @@ def render(document: dict[str, Any]) -> Group:
     parts: list[Any] = [_lengths(Distribution.model_validate(item)) for item in document["documents"]]
     for max_length in sorted({cell.max_length for cell in cells}):
         own = [cell for cell in cells if cell.max_length == max_length]
-        parts += [_table(max_length, own, document["global_batch"]), _picture(own), Text()]
+        parts += [_table(max_length, own), _picture(own), Text()]
     parts.append(_legend(document))
     if document.get("paper"):
         parts.append(_paper(document["paper"]))
     if document["advice"]:
-        parts.append(_advice(Advice.model_validate(document["advice"]), cells, document["global_batch"]))
+        parts.append(_advice(Advice.model_validate(document["advice"]), cells))
     return Group(*parts)
 
 
@@ -59,48 +61,33 @@ def _lengths(found: Distribution) -> Text:
     text.append(f"tokens per conversation: median {found.median:,.0f}, mean {found.mean:,.0f}, ")
     text.append(f"90% up to {found.p90:,.0f}, 99% up to {found.p99:,.0f}, longest {found.longest:,}\n")
     first, last = (round(found.edges[0]), found.longest) if found.counts else (0, 0)
-    text.append(f"{first:,} ").append(bars, style="cyan").append(f" {last:,} tokens (log scale)\n")
+    text.append(f"{first:,} ").append(bars, style="cyan").append(f" {last:,} tokens (lengths on a log scale)\n")
     return text
 
 
-def _table(max_length: int, cells: list[Outlook], batch: int) -> Table:
-    from rich import box
-    from rich.table import Table
+def _table(max_length: int, cells: list[Outlook]) -> Fitted:
+    def column(header: str, key: Callable[[Outlook], str]) -> tuple[str, list[str]]:
+        return header, [key(cell) if cell.ledger else "none" if header == "rows" else "" for cell in cells]
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"rows of {max_length:,} tokens, one epoch", title_justify="left")
-    table.add_column("arm", no_wrap=True)
-    for name in (
-        "rows",
-        "fewest\npossible",
-        "efficiency",
-        "convs\n/ row",
-        "convs\ncut",
-        "tokens lost\ncut",
-        "\ndropped",
-    ):
-        table.add_column(name, justify="right")
-    table.add_column(f"steps of\n{batch} rows", justify="right")
-    table.add_column("convs\n/ step", justify="right")
-    table.add_column("sum of\nlength²", justify="right")
-    for cell in cells:
-        if cell.ledger is None:
-            table.add_row(cell.arm, "none", *[""] * 9)
-            continue
-        ledger = cell.ledger
-        table.add_row(
-            cell.arm,
-            f"{ledger['rows']:,}",
-            f"{ledger['rows_lower_bound']:,}",
-            f"{ledger['efficiency']:.2%}",
-            f"{cell.conversations_per_row:.2f}",
-            f"{ledger['documents_cut']:,}",
-            f"{ledger['tokens_truncated']:,}",
-            f"{ledger['tokens_dropped']:,}",
-            f"{cell.steps_per_epoch:,}",
-            f"{cell.documents_per_step:,.0f}",
-            f"{cell.sum_squares:.2e}",
-        )
-    return table
+    def counted(header: str, key: str) -> tuple[str, list[str]]:
+        return column(header, lambda cell: f"{cell.made[key]:,}")
+
+    return Fitted(
+        [
+            ("arm", [cell.arm for cell in cells]),
+            counted("rows", "rows"),
+            counted("fewest\npossible", "rows_lower_bound"),
+            column("efficiency", lambda cell: f"{cell.made['efficiency']:.2%}"),
+            column("convs\n/ row", lambda cell: f"{cell.conversations_per_row:.2f}"),
+            counted("convs\ncut", "documents_cut"),
+            counted("tokens\ncut off", "tokens_truncated"),
+            counted("tokens\ndropped", "tokens_dropped"),
+            column("steps", lambda cell: f"{cell.steps_per_epoch:,}"),
+            column("convs\n/ step", lambda cell: f"{cell.documents_per_step:,.0f}"),
+            column("sum of\nlength²", lambda cell: f"{cell.sum_squares:.2e}"),
+        ],
+        title=f"rows of {max_length:,} tokens, one epoch",
+    )
 
 
 def _picture(cells: list[Outlook]) -> Text:
@@ -121,21 +108,21 @@ def _picture(cells: list[Outlook]) -> Text:
 def _legend(document: dict[str, Any]) -> Text:
     from rich.text import Text
 
-    shown = {cell["arm"] for cell in document["cells"]}
-    crossing = (
-        [name for name in shown if ArmSpec.model_validate(ARMS[name]).attention == "causal"]
-        if shown <= set(ARMS)
-        else []
-    )
     text = Text(
         "█ kept tokens  ░ padding  convs: conversations  sum of length²: what attention costs, in tokens²\n"
     )
+    batches = dict.fromkeys(f"{cell['global_batch']:,} {cell['batch_unit']}" for cell in document["cells"])
+    text.append(f"a step holds {' or '.join(batches)}; the last one of an epoch may be smaller\n")
+    text.append("dropped: left without a token to learn, or lost by what the arm does\n")
+    held = max((cell["ledger"]["documents_validation"] for cell in document["cells"] if cell["ledger"]), default=0)
+    if held:
+        text.append(f"held out for validation, and in no row: {held:,} conversations\n")
     for problem in dict.fromkeys(cell["problem"] for cell in document["cells"] if cell["problem"]):
-        text.append(f"none: {problem}\n")
+        text.append(f"no row: {problem}\n")
     if document["rejected"]:
         text.append(f"{document['rejected']:,} conversations cannot be used (packcli prepare names them)\n")
-    if crossing:
-        text.append(f"attention crosses documents in: {', '.join(sorted(crossing))}\n")
+    if document["crossing"]:
+        text.append(f"attention crosses documents in: {', '.join(document['crossing'])}\n")
     text.append(f"tokenizer: {document['tokenizer']}\n")
     return text
 
@@ -159,16 +146,15 @@ def _paper(checks: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _advice(advice: Advice, cells: list[Outlook], batch: int) -> Text:
+def _advice(advice: Advice, cells: list[Outlook]) -> Text:
     from rich.text import Text
 
     own = next(cell for cell in cells if cell.arm == advice.arm and cell.max_length == advice.max_length)
     text = Text().append(f"We would take `{advice.arm}` at {advice.max_length:,} tokens a row", style="bold")
     text.append(":\n" + "".join(f"  - {reason}\n" for reason in advice.reasons))
-    if own.conversations_per_row and own.conversations_per_row > 1:
-        text.append(
-            f"  - 1 row = {own.conversations_per_row:.1f} conversations, so {batch} rows = "
-            f"{own.documents_per_step:,.0f} conversations a step; to compare with padding at {batch}, set\n"
-            f"    train.batch_unit: documents, train.global_batch: {batch}\n"
-        )
+    if own.batch_unit == "rows" and own.conversations_per_row and own.conversations_per_row > 1:
+        each, held = own.conversations_per_row, own.conversations_per_row * own.global_batch
+        step = f"a step of {own.global_batch} rows holds {held:,.0f} of them"
+        text.append(f"  - 1 row = {each:.1f} conversations: {step}; to compare with padding at equal\n")
+        text.append("    conversations a step, set train.batch_unit: documents\n")
     return text

@@ -1,0 +1,61 @@
+"""Tables that fit a terminal: a number is never cut, further columns go into a further table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """`columns`: (header, cells), the first one repeated in each table; an empty row is one of empty cells."""
+
+    columns: Sequence[tuple[str, Sequence[str]]]
+    title: str = ""
+    caption: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        groups = _groups(self.columns, options.max_width)
+        for number, group in enumerate(groups):
+            yield _table(
+                [self.columns[0], *group],
+                title=self.title if number == 0 else "",
+                caption=self.caption if number == len(groups) - 1 else "",
+            )
+
+
+def _groups(columns: Sequence[tuple[str, Sequence[str]]], width: int) -> list[list[tuple[str, Sequence[str]]]]:
+    first = _width(columns[0])
+    groups: list[list[tuple[str, Sequence[str]]]] = [[]]
+    used = first
+    for column in columns[1:]:
+        if groups[-1] and used + _width(column) > width:
+            groups.append([])
+            used = first
+        groups[-1].append(column)
+        used += _width(column)
+    return groups
+
+
+def _width(column: tuple[str, Sequence[str]]) -> int:
+    header, cells = column
+    lines = [line for text in (header, *cells) for line in text.split("\n")]
+    return max(map(len, lines)) + 2
+
+
+def _table(columns: Sequence[tuple[str, Sequence[str]]], title: str, caption: str) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False)
+    table.title, table.caption = (Text(title) if title else None), (Text(caption) if caption else None)
+    for number, (header, _) in enumerate(columns):
+        table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*map(Text, row))
+    return table
