@@ -51,7 +51,7 @@ class ArmSpec(LayoutSpec):
                     next_fit_decreasing: the paper's "greedy" as its text describes it.
                     first_fit_decreasing: longest first, into the first row with room.
                     shuffled_first_fit: in shuffled order, into the first row with room.
-                    best_fit: the better of best-fit decreasing and a subset-sum fill.
+                    best_fit: the best of best-fit decreasing, a subset-sum fill and cutting-stock patterns.
     overlong        truncate: a document keeps max_length tokens. drop: it is left out. none: the packer cuts it.
                     lost: as the released "greedy" code loses it (`packing.greedy_released`).
     truncation      plain: the first max_length tokens. per_turn: source and answer of the turn that does not fit

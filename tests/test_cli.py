@@ -215,10 +215,15 @@ def test_a_finished_run_directory_that_cannot_be_written_is_still_read(prepared:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("model.config.model_type", "lama", "did you mean `llama`?"),
         ("model.config.hiden_size", "64", "did you mean `hidden_size`?"),
-        ("model.config.num_attention_heads", "5", "not a multiple of the number of attention heads"),
-        ("model.config.max_position_embeddings", "16", "positions for 16 tokens"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("model.config.model_type", "lama", "did you mean `llama`?"),
+                ("model.config.num_attention_heads", "5", "not a multiple of the number of attention heads"),
+                ("model.config.max_position_embeddings", "16", "positions for 16 tokens"),
+            )
+        ),
     ],
 )
 def test_a_mistake_in_a_model_config_is_found_before_anything_runs(

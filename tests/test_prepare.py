@@ -133,12 +133,13 @@ def test_killed_at_any_commit_point_the_same_command_ends_in_the_same_store(tmp_
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        (b'{"messages": [}\n', "x.jsonl:3"),
-        (b'{"question": "cut sho', "x.jsonl:3"),
-        (b'{"question": "\xff", "answer": "x"}\n', "x.jsonl:3"),
-        (b'{"question": "a\x00b", "answer": "x"}\n', "x.jsonl:3"),
+        pytest.param(b'{"messages": [}\n', "x.jsonl:3", id="bad JSON", marks=pytest.mark.slow),
+        pytest.param(b'{"question": "cut sho', "x.jsonl:3", id="torn last line"),
+        pytest.param(
+            b'{"question": "\xff", "answer": "x"}\n', "x.jsonl:3", id="not UTF-8", marks=pytest.mark.slow
+        ),
+        pytest.param(b'{"question": "a\x00b", "answer": "x"}\n', "x.jsonl:3", id="NUL", marks=pytest.mark.slow),
     ],
-    ids=["bad JSON", "torn last line", "invalid UTF-8", "NUL"],
 )
 def test_a_line_that_cannot_be_parsed_stops_or_is_counted(
     tmp_path: Path, run_cli: Cli, content: bytes, where: str
@@ -168,6 +169,7 @@ def test_more_bad_lines_than_allowed_stop_even_when_skipped(tmp_path: Path, run_
     assert "more than `data.max_errors: 3`" in done.stderr
 
 
+@pytest.mark.slow
 def test_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(3))
     text = (tmp_path / "x.jsonl").read_bytes()
@@ -179,6 +181,7 @@ def test_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) ->
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.slow
 def test_a_file_of_no_known_schema_names_what_is_accepted(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", [{"text": "plain"}])
     done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
@@ -237,6 +240,7 @@ def test_an_over_long_document_follows_the_arms_policy_and_is_counted(tmp_path: 
     assert cut["documents_cut"] >= 1
 
 
+@pytest.mark.slow
 def test_repeated_conversations_are_said(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(5))
     done = run_cli("prepare", sweep(tmp_path, ["x.jsonl", "x.jsonl"], validation=0), cwd=tmp_path)
@@ -302,6 +306,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> 
     assert store.state("tokens", order.id) != "done"
 
 
+@pytest.mark.slow
 def test_another_configuration_never_mixes_with_what_is_there(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(5))
     path = sweep(tmp_path, "x.jsonl")
@@ -422,7 +427,14 @@ def test_a_plan_of_a_papers_set_holds_its_step_counts_against_the_printed_ones()
     first, _ = papersteps.allowed_rows("tulu", "llama3_8b", "greedy_released") or (0, 0)
     rows = {"greedy_released": first, "random_released": 10}
     cells = [
-        Outlook(labels={}, arm=arm, max_length=4096, ledger={"rows": count, "documents_validation": 0})
+        Outlook(
+            labels={},
+            arm=arm,
+            max_length=4096,
+            global_batch=128,
+            batch_unit="rows",
+            ledger={"rows": count, "documents_validation": 0},
+        )
         for arm, count in rows.items()
     ]
     found = views._paper(plan, Outlooks(distributions={}, rejected={}, cells=cells))
@@ -474,6 +486,7 @@ def test_weights_draw_and_repeat_conversations_and_the_ledger_says_so(tmp_path: 
     assert cell["conversations_repeated"] == 50
 
 
+@pytest.mark.slow
 def test_an_export_opens_and_holds_the_rows(tmp_path: Path, run_cli: Cli) -> None:
     import datasets
 

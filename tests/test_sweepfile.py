@@ -272,7 +272,7 @@ def test_set_changes_every_cell_and_is_read_as_yaml(load_text: Load) -> None:
     sets = ["train.lr=2e-5", "data.source=[tiny, tiny_base]", "train.clip=null", "model.config.hidden_size=48"]
     for _, cell in load_text(SWEEP, sets=sets).cells:
         assert (cell.train.lr, cell.train.clip) == (2e-5, None)
-        assert cell.data.source == ["tiny", "tiny_base"]
+        assert [item.source for item in cell.data.source] == ["tiny", "tiny_base"]
         assert cell.model.config == {"model_type": "llama", "hidden_size": 48}
 
 

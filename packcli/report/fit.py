@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from packcli import log
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
@@ -50,12 +52,18 @@ def _width(column: tuple[str, Sequence[str]]) -> int:
 def _table(columns: Sequence[tuple[str, Sequence[str]]], title: str, caption: str) -> Any:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False)
-    table.title, table.caption = (Text(title) if title else None), (Text(caption) if caption else None)
+    table.title, table.caption = _text(title), _text(caption)
     for number, (header, _) in enumerate(columns):
-        table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
+        table.add_column(_text(header), justify="right" if number else "left", no_wrap=True)
     for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_text, row))
     return table
+
+
+def _text(text: str) -> Any:
+    """As it is, control characters shown: labels and paths may come from data."""
+    from rich.text import Text
+
+    return Text("\n".join(map(log.plain, text.split("\n")))) if text else None
