@@ -125,11 +125,9 @@ def prepare(
                 f"see what packing would do with it: `packcli prepare {what} --plan`; or train on it: "
                 f"`packcli sweep SWEEP --set data.source={what}`",
             )
-        if only or set_ or export or part:
-            raise ConfigError(
-                "--only, --set, --export and --part need a sweep file", "see `packcli prepare --help`"
-            )
-        asked = views.data_plan(what, tokenizer, template, max_length or 4096)
+        if only or export or part:
+            raise ConfigError("--only, --export and --part need a sweep", "see `packcli prepare --help`")
+        asked = views.data_plan(what, tokenizer, template, max_length or 4096, set_ or ())
         _look(asked, None, tokenizer or views.OWN_TOKENIZER, show, draw, json)
         return
     if tokenizer or template or max_length:

@@ -501,3 +501,13 @@ def test_an_export_opens_and_holds_the_rows(tmp_path: Path, run_cli: Cli) -> Non
     again = run_cli("prepare", path, "--export", "both", cwd=tmp_path)
     assert again.code == 0, again.stderr
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["best_fit", "padding"]
+
+
+def test_a_plan_of_data_takes_the_keys_that_its_hints_name(tmp_path: Path, run_cli: Cli) -> None:
+    (tmp_path / "x.jsonl").write_text('{"q": "hi", "a": "there"}\n{bad\n')
+    keys = ("--set", "data.mapping={question: q, answer: a}", "--set", "data.on_error=skip")
+    done = run_cli("prepare", "*.jsonl", "--plan", "--json", *keys, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert (done.json()["documents"][0]["documents"], done.json()["rejected"]) == (1, 1)
+    done = run_cli("prepare", "x.jsonl", "--plan", "--set", "data.mappin=3", cwd=tmp_path)
+    assert (done.code, "data.mappin" in done.stderr) == (2, True)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
 
+_EDGES = 2  # of a table, left and right
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """`columns`: (header, cells), the first one repeated in each table; an empty row is one of empty cells."""
@@ -21,7 +24,7 @@ class Fitted:
     caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        groups = _groups(self.columns, options.max_width)
+        groups = _groups(self.columns, options.max_width - _EDGES)
         for number, group in enumerate(groups):
             yield _table(
                 [self.columns[0], *group],
@@ -46,7 +49,7 @@ def _groups(columns: Sequence[tuple[str, Sequence[str]]], width: int) -> list[li
 def _width(column: tuple[str, Sequence[str]]) -> int:
     header, cells = column
     lines = [line for text in (header, *cells) for line in text.split("\n")]
-    return max(map(len, lines)) + 2
+    return max(map(len, lines)) + 3  # white space on both sides, and between columns
 
 
 def _table(columns: Sequence[tuple[str, Sequence[str]]], title: str, caption: str) -> Any:
