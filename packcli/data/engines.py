@@ -174,7 +174,7 @@ def _gigatoken(backend: Any) -> Callable[[list[str]], Flat]:
     try:
         tokenizer = gigatoken.Tokenizer.from_json(backend.to_str())
     except Exception as error:  # whatever it says of a tokenizer that it does not know
-        raise Refused(f"gigatoken: {str(error).splitlines()[0]}") from None
+        raise Refused(f"gigatoken: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
 
     def encode(texts: list[str]) -> Flat:
         layout = tokenizer.encode_batch(texts, parallel=False).layout
