@@ -134,12 +134,55 @@ def _sorted(
     return np.concatenate([pieces[number] for number in placed])
 
 
-def share(rows: Ints, rank: int, world: int, micro_batch: int) -> list[Ints]:
-    """This rank's micro-batches of one step: whole rows, as many micro-batches on every rank, some empty."""
-    own = rows[rank::world]
-    most = math.ceil(len(rows) / world)
-    count = math.ceil(most / micro_batch)
-    return [own[number * micro_batch : (number + 1) * micro_batch] for number in range(count)]
+def cut(rows: Ints, ranks: int, micro_batch: int) -> list[Ints]:
+    """One step's micro-batches as `ranks` processes would take them in turn: whole rows, none empty.
+
+    Rank r has every `ranks`-th row from the r-th, as a distributed sampler deals them.
+    """
+    own = [rows[rank::ranks] for rank in range(ranks)]
+    count = math.ceil(math.ceil(len(rows) / ranks) / micro_batch)
+    parts = [part[n * micro_batch : (n + 1) * micro_batch] for n in range(count) for part in own]
+    return [part for part in parts if len(part)]
+
+
+def deal(parts: list[Ints], costs: NDArray[np.float64], world: int) -> list[list[Ints]]:
+    """Each rank's micro-batches of one step: equally many, the costs balanced, some empty.
+
+    `costs` [R] float64, of every row there is. The k-th micro-batches of all ranks are of like cost, because a
+    sharded model makes ranks wait for each other at every layer.
+    """
+    if world == 1:
+        return [parts]
+    heavy = np.array([costs[part].sum() for part in parts])
+    count = math.ceil(len(parts) / world)
+    ranks = [[parts[number] for number in own] for own in balance(heavy, world)]
+    empty = parts[0][:0]
+    return [own + [empty] * (count - len(own)) for own in ranks]
+
+
+def spread(rows: Ints, costs: NDArray[np.float64], world: int, micro_batch: int) -> list[list[Ints]]:
+    """Each rank's micro-batches of one step whose loss any cut leaves alone: rows balanced over ranks by cost."""
+    if world == 1:
+        return [cut(rows, 1, micro_batch)]
+    ranks = [rows[own] for own in balance(costs[rows], world)]
+    count = math.ceil(math.ceil(len(rows) / world) / micro_batch)
+    return [[own[n * micro_batch : (n + 1) * micro_batch] for n in range(count)] for own in ranks]
+
+
+def balance(costs: NDArray[np.float64], world: int) -> list[list[int]]:
+    """Items of each rank, heaviest first: each goes to the least loaded rank that has room (Graham's LPT rule).
+
+    No rank gets more than ceil(items / world).
+    """
+    room = [math.ceil(len(costs) / world)] * world
+    load = [0.0] * world
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    for item in np.argsort(-costs, kind="stable").tolist():
+        rank = min((rank for rank in range(world) if room[rank]), key=lambda rank: (load[rank], rank))
+        ranks[rank].append(item)
+        load[rank] += float(costs[item])
+        room[rank] -= 1
+    return ranks
 
 
 def longest(tokens: Ints, max_length: int) -> int:

@@ -207,13 +207,40 @@ class DataSpec(Spec):
         )
 
 
+class LoraSpec(Spec):
+    """Train low-rank additions to the linear layers instead of the weights (peft's LoRA)."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
 class TrainSpec(Spec):
-    """Exactly one of epochs, steps, tokens says how long. The last block never enters an id."""
+    """Exactly one of epochs, steps, tokens says how long. The last block never enters an id.
+
+    lr_rule            fixed: `lr` as it is. sqrt, linear: `lr` is meant for steps of `reference_batch`
+                       conversations and grows as the root of, or with, the number this run's steps really hold.
+    optimizer_state    bfloat16: AdamW's two moments at half the memory, rounded stochastically.
+    ranks              micro-batches are cut as for so many processes, however many there are. It enters an id only
+                       where the cut changes the result: `loss: micro_batch`, `pad_to: longest`.
+    attention_backend  auto: flash-attn, else torch's varlen, else flex (all three on a GPU), else sdpa.
+    head               how the loss at the labels is computed: own, or liger-kernel's.
+    checkpointing      activations kept: all (none), all but element-wise ones (selective), layer inputs (full).
+    sharding           full: over all processes. hybrid: within a node, replicated between. auto: what fits.
+    deterministic      on a GPU, the same bits each time, at a cost.
+    hang_timeout_s     a step that takes longer is taken for hung and the run stopped. Unset: never.
+    """
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
     lr: PositiveFloat
+    lr_rule: Literal["fixed", "sqrt", "linear"] = "fixed"
+    reference_batch: PositiveInt | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.0
     global_batch: PositiveInt
@@ -221,20 +248,53 @@ class TrainSpec(Spec):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: PositiveFloat | None = 1.0
+    optimizer_state: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSpec | None = None
 
     micro_batch: PositiveInt = 1
+    ranks: PositiveInt = 1
     threads: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     keep_last: PositiveInt = 1
+    async_save: bool = False
+    attention_backend: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
+    head: Literal["own", "liger"] = "own"
+    compile: bool = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    sharding: Literal["auto", "full", "hybrid"] = "auto"
+    deterministic: bool = False
+    hang_timeout_s: PositiveFloat | None = None
+    trackers: tuple[Tracker, ...] = ()
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if sum(budget is not None for budget in (self.epochs, self.steps, self.tokens)) != 1:
             raise ValueError("give exactly one of `epochs`, `steps`, `tokens`")
+        if (self.lr_rule == "fixed") != (self.reference_batch is None):
+            raise ValueError(
+                "`lr_rule: sqrt` and `linear` need `reference_batch` (conversations a step), `fixed` has none"
+            )
         return self
 
 
-TRAIN_EXECUTION_KEYS = frozenset({"micro_batch", "threads", "save_every", "keep_last"})
+TRAIN_EXECUTION_KEYS = frozenset(
+    {
+        "micro_batch",
+        "ranks",
+        "threads",
+        "save_every",
+        "keep_last",
+        "async_save",
+        "attention_backend",
+        "head",
+        "compile",
+        "checkpointing",
+        "sharding",
+        "deterministic",
+        "hang_timeout_s",
+        "trackers",
+    }
+)
 
 
 class BaseSpec(Spec):

@@ -31,7 +31,7 @@ from packcli.errors import ConfigError
 from packcli.files import digest
 
 Kind = Literal["tokens", "index", "train", "eval"]
-VERSIONS: dict[Kind, int] = {"tokens": 2, "index": 2, "train": 2, "eval": 1}
+VERSIONS: dict[Kind, int] = {"tokens": 2, "index": 2, "train": 3, "eval": 1}
 
 Fingerprints = Mapping[str, str]
 
@@ -69,6 +69,7 @@ class Batching(Spec):
     global_batch: int
     batch_unit: BatchUnit
     micro_batch: int
+    ranks: int
 
 
 class IndexOrder(Spec):
@@ -264,7 +265,7 @@ class _Builder:
             "train": train.model_dump(exclude=set(TRAIN_EXECUTION_KEYS)),
             "arm": arm.model_dump(include={"attention", "positions", "loss"}),
             # Only the released code's loss depends on how a step is cut into micro-batches.
-            "micro_batch": train.micro_batch if arm.loss == "micro_batch" else None,
+            "micro_batches": [train.micro_batch, train.ranks] if arm.loss == "micro_batch" else None,
             "seed": seed,
         }
         order = TrainOrder(

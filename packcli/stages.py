@@ -392,12 +392,7 @@ def estimate(order: TrainOrder, store: Store) -> Estimate:
     rows = index.read(store.rows(order.index))
     steps = batching.run_steps(rows.sizes, order.train, order.arm.order, order.seed)
     chosen = np.concatenate(steps)
-    if order.arm.attention == "document":
-        lengths = rows.rows.stop - rows.rows.start
-        bounds = np.concatenate([[0], np.cumsum(lengths**2)])
-        squares = bounds[rows.rows.offsets[1:]] - bounds[rows.rows.offsets[:-1]]
-    else:
-        squares = rows.tokens**2
+    squares = rows.squares(order.arm.attention)
     return estimates.estimate(
         rows=rows.rows.num_rows,
         steps=len(steps),

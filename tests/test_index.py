@@ -70,7 +70,7 @@ def index_order(arm: str, max_length: int, validation: float = 0.5, seed: int = 
         validation=validation,
         seed=seed,
         layout=arm_spec.rows,
-        batching=Batching(global_batch=4, batch_unit="rows", micro_batch=2),
+        batching=Batching(global_batch=4, batch_unit="rows", micro_batch=2, ranks=1),
         epochs=1,
     )
 

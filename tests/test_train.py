@@ -26,6 +26,7 @@ from packcli.files import read_jsonl
 from packcli.model import attention, load, probe
 from packcli.model.attention import Segments
 from packcli.model.collate import Batch, collate
+from packcli.model.trainee import Trainee
 from packcli.plan import Batching, IndexOrder, TokenizerOrder, TokensOrder, TrainOrder
 from packcli.store import Store, normalized
 from packcli.train import checkpoint, loop, loss, optim
@@ -41,6 +42,8 @@ LLAMA = {
     "max_position_embeddings": 1024,
 }
 MAX_LENGTH = 192
+CPU = torch.device("cpu")
+BACKEND = attention.choose("auto", CPU, torch.float32)
 
 
 def arm(name: str) -> ArmSpec:
@@ -79,15 +82,15 @@ class Data:
             validation=0.1,
             seed=seed,
             layout=arm(name).rows.model_copy(update={"repack_each_epoch": epochs > 1}),
-            batching=Batching(global_batch=4, batch_unit="rows", micro_batch=2),
+            batching=Batching(global_batch=4, batch_unit="rows", micro_batch=2, ranks=1),
             epochs=epochs,
         )
         stages.prepare_index(order, self.store)
         return indexes.read(self.store.rows(order.id))
 
-    def model(self, seed: int = 0) -> torch.nn.Module:
+    def model(self, seed: int = 0) -> Trainee:
         spec = ModelSpec(config=LLAMA, tokenizer="train", vocab_size=600)
-        return load.load(spec, None, self.tokenizer, MAX_LENGTH, seed)
+        return Trainee(load.load(spec, None, self.tokenizer, MAX_LENGTH, seed), BACKEND)
 
     def batch(self, name: str, rows: list[int], max_length: int = MAX_LENGTH) -> Batch:
         return collate(self.tokens, self.index(name, max_length), rows, arm(name), max_length, 0)
@@ -129,7 +132,7 @@ def gradients(model: torch.nn.Module, parts: list[Batch]) -> tuple[float, dict[s
     """Token-mean loss over all parts, and its gradient by parameter."""
     model.zero_grad()
     labels = sum(len(part.labels) for part in parts)
-    total = sum(loss.token_sum(model, part) for part in parts) / labels
+    total = sum(model(part) for part in parts) / labels
     total.backward()
     return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -173,9 +176,7 @@ def test_positions_are_not_what_keeps_documents_apart(tiny: Data) -> None:
         batch.labels,
     )
     with torch.no_grad():
-        assert float(loss.token_sum(model, running)) == pytest.approx(
-            float(loss.token_sum(model, batch)), rel=1e-5
-        )
+        assert float(model(running)) == pytest.approx(float(model(batch)), rel=1e-5)
 
 
 def test_a_causal_pack_attends_across_documents_on_purpose(data: Data) -> None:
@@ -188,26 +189,27 @@ def test_a_causal_pack_attends_across_documents_on_purpose(data: Data) -> None:
     isolated = collate(data.tokens, rows, [row], masked, MAX_LENGTH, 0)
     assert torch.equal(changed.input_ids, isolated.input_ids)
     with torch.no_grad():
-        assert abs(float(loss.token_sum(model, changed)) / float(loss.token_sum(model, isolated)) - 1) > 1e-5
+        assert abs(float(model(changed)) / float(model(isolated)) - 1) > 1e-5
     assert probe.isolation(model, crossing, 500).crosses
     assert not probe.isolation(model, masked, 500).crosses
 
 
 def test_a_leaking_model_is_refused_before_the_first_step(tiny: Data) -> None:
     model = tiny.model()
-    original = model.forward
+    decoder = model.model.base_model
+    original = decoder.forward
 
     def leaking(*args: object, segments: Segments, **kwargs: object) -> object:
-        return original(*args, segments=Segments((sum(segments.lengths),)), **kwargs)
+        return original(*args, segments=Segments((sum(segments.lengths),), BACKEND, CPU), **kwargs)
 
-    model.forward = leaking  # type: ignore[method-assign]
+    decoder.forward = leaking
     with pytest.raises(RunError, match="another's outputs"):
         probe.isolation(model, arm("best_fit"), 500)
 
 
 def test_a_model_call_without_segments_fails_instead_of_leaking(tiny: Data) -> None:
     with pytest.raises(TypeError, match="segments"):
-        tiny.model()(input_ids=torch.zeros(1, 4, dtype=torch.long))
+        tiny.model().model(input_ids=torch.zeros(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["padding", "random", "best_fit"])
@@ -221,7 +223,7 @@ def test_splitting_a_step_into_micro_batches_does_not_change_its_gradient(tiny: 
 def test_a_rank_without_rows_adds_no_loss_and_no_gradient(tiny: Data) -> None:
     model = tiny.model()
     empty = collate(tiny.tokens, tiny.index("best_fit"), [], arm("best_fit"), MAX_LENGTH, 0)
-    summed = loss.token_sum(model, empty)
+    summed = model(empty)
     summed.backward()
     assert float(summed.detach()) == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -246,7 +248,7 @@ def test_attention_by_segment_equals_one_dense_block_mask(lengths: list[int], gq
     torch.manual_seed(0)
     slots = sum(lengths)
     q, k, v = torch.randn(1, 4, slots, 8), *torch.randn(2, 1, 2 if gqa else 4, slots, 8).unbind(0)
-    out, _ = attention.forward(torch.nn.Identity(), q, k, v, None, segments=Segments(tuple(lengths)))
+    out, _ = attention.forward(torch.nn.Identity(), q, k, v, None, segments=Segments(tuple(lengths), BACKEND, CPU))
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = (owner[:, None] == owner[None, :]).tril()
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
@@ -358,11 +360,11 @@ def test_each_loss_weighs_what_its_name_says(tiny: Data, name: str, kind: str) -
     total = 0.0
     for part in parts:
         batch = collate(tiny.tokens, index, part.tolist(), arm(name), MAX_LENGTH, 0, weighting.pieces)
-        total += float(loss.token_sum(model, batch).detach()) * weighting.scale(part, index.supervised)
+        total += float(model(batch).detach()) * weighting.scale(part, index.supervised)
     found = total / weighting.divisor(rows, parts, index.supervised)
 
     def mean(batch: Batch) -> float:
-        return float(loss.token_sum(model, batch).detach()) / max(1, len(batch.labels))
+        return float(model(batch).detach()) / max(1, len(batch.labels))
 
     if kind == "row":
         wanted = np.mean([mean(tiny.batch(name, [row])) for row in rows.tolist()])
@@ -386,13 +388,14 @@ def document_loss(data: Data, model: torch.nn.Module, index: Index, rows: np.nda
         pieces = range(index.rows.offsets[row], index.rows.offsets[row + 1])
         owner = np.repeat([totals[index.rows.document[piece]] for piece in pieces], [per_piece[p] for p in pieces])
         batch = replace(batch, weights=torch.tensor(1 / owner, dtype=torch.float32))
-        total += float(loss.token_sum(model, batch).detach())
+        total += float(model(batch).detach())
     return total
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5))
 def test_ranks_have_equally_many_micro_batches_and_share_all_rows(rows: int, world: int, micro: int) -> None:
-    shares = [batching.share(np.arange(rows), rank, world, micro) for rank in range(world)]
+    costs = np.arange(rows)[::-1].astype(float)
+    shares = batching.spread(np.arange(rows), costs, world, micro)
     assert len({len(share) for share in shares}) == 1
     assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(rows))
 
@@ -555,7 +558,7 @@ def test_weights_that_do_not_match_their_config_are_refused(tiny: Data, tmp_path
     from packcli.errors import ConfigError
 
     model = copy.deepcopy(tiny.model())
-    model.save_pretrained(tmp_path)
+    model.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import orjson
@@ -70,6 +70,21 @@ class Index:
     @property
     def sizes(self) -> Sizes:
         return Sizes(self.tokens, self.documents, self.blocks)
+
+    def squares(self, attention: Literal["document", "causal"]) -> Ints:
+        """[R] int64: what attention costs in each row, sum(length^2) over what may look at each other.
+
+        Pieces of one document that lie side by side, as a turn cut short leaves them, are one.
+        """
+        rows = self.rows
+        if attention == "causal":
+            return self.tokens**2
+        row = np.repeat(np.arange(rows.num_rows), np.diff(rows.offsets))
+        first = np.ones(len(row), bool)
+        first[1:] = (row[1:] != row[:-1]) | (rows.document[1:] != rows.document[:-1])
+        segment = np.cumsum(first) - 1
+        lengths = np.bincount(segment, rows.stop - rows.start)
+        return np.bincount(row[first], lengths**2, minlength=rows.num_rows).astype(np.int64)
 
     def epoch(self, number: int) -> Index:
         """The rows of one packed epoch alone."""
@@ -369,7 +384,7 @@ def _slots(order: IndexOrder, index: Index) -> Ints:
 
 
 def _longest(order: IndexOrder, index: Index) -> Ints:
-    """As one process would batch them: several ranks make other micro-batches of the same step."""
+    """As `train.ranks` processes batch them: more of them make other micro-batches of the same step."""
     assert order.batching is not None
     plan = order.batching
     steps = batching.steps(
@@ -382,7 +397,7 @@ def _longest(order: IndexOrder, index: Index) -> Ints:
     )
     slots = np.zeros(index.rows.num_rows, np.int64)
     for step in steps:
-        for rows in batching.share(step, 0, 1, plan.micro_batch):
+        for rows in batching.cut(step, plan.ranks, plan.micro_batch):
             slots[rows] = batching.longest(index.tokens[rows], order.max_length)
     return slots
 

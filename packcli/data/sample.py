@@ -106,7 +106,7 @@ def panels(
     An arm's `workers` share nothing, so one of them is drawn: the few documents would be one or none for each.
     """
     few, drawn = _Few(documents), []
-    batches = Batching(global_batch=micro_batch, batch_unit="rows", micro_batch=micro_batch)
+    batches = Batching(global_batch=micro_batch, batch_unit="rows", micro_batch=micro_batch, ranks=1)
     for name, arm in arms.items():
         order = IndexOrder(
             id="",

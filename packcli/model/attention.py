@@ -7,7 +7,8 @@ reset `position_ids`; passing no mask and our own attention name turns that off.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,27 @@ from transformers import AttentionInterface
 NAME = "packcli"
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What computes attention. `why`: how it was chosen, for the user."""
+
+    name: Literal["flash", "varlen", "flex", "sdpa"]
+    version: str
+    why: str
+    deterministic: bool = False
+
+
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Backend:
+    """The first that this machine has of flash, varlen, flex, sdpa; or the one `wanted`."""
+    return Backend("sdpa", torch.__version__, "per-document SDPA: no GPU", deterministic)
+
+
 class Segments:
     """Lengths of the runs of slots within which attention is causal; they sum to the batch's slots."""
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    def __init__(self, lengths: tuple[int, ...], backend: Backend, device: torch.device) -> None:
         self.lengths = lengths
+        self.backend = backend
         self.equal = len(set(lengths)) == 1
 
 

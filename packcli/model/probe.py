@@ -12,7 +12,8 @@ import torch
 
 from packcli.config import ArmSpec
 from packcli.errors import RunError
-from packcli.model.attention import Segments
+from packcli.model.collate import Batch
+from packcli.model.trainee import Trainee
 
 _LENGTHS = (7, 9)
 
@@ -29,7 +30,7 @@ class Isolation:
         return asdict(self)
 
 
-def isolation(model: Any, arm: ArmSpec, vocab_size: int) -> Isolation:
+def isolation(model: Trainee, arm: ArmSpec, vocab_size: int) -> Isolation:
     """Change the first of two packed documents and compare the second's logits, bit for bit.
 
     Raises:
@@ -46,10 +47,9 @@ def isolation(model: Any, arm: ArmSpec, vocab_size: int) -> Isolation:
     was_training = model.training
     model.eval()
     with torch.no_grad():
+        none = torch.zeros(0, dtype=torch.int64, device=device)
         one, other = (
-            model(
-                input_ids=tokens[None], position_ids=positions[None], segments=Segments(lengths), use_cache=False
-            ).logits[0, first:]
+            model(Batch(tokens[None], positions[None], lengths, none, none), "hidden")[first:]
             for tokens in (ids, changed)
         )
     model.train(was_training)

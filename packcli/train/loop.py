@@ -21,8 +21,9 @@ from packcli.data.tokenizer import load_directory
 from packcli.data.tokens import Tokens
 from packcli.errors import PreemptedError, RunError
 from packcli.files import atomic_directory, atomic_write, json_line, read_jsonl
-from packcli.model import load, probe
+from packcli.model import attention, load, probe
 from packcli.model.collate import collate
+from packcli.model.trainee import Trainee
 from packcli.plan import TrainOrder
 from packcli.seeds import integer
 from packcli.store import Store
@@ -62,13 +63,16 @@ def train(
     rows = indexes.read(store.rows(order.index))
     steps = batching.run_steps(rows.sizes, spec, arm.order, order.seed)
     weighting = loss.weighting(arm.loss, rows, indexes.Labels(tokens))
+    costs = rows.tokens.astype(float)
     tokenizer = load_directory(store.tokenizer(order.tokens))
     pad_id = tokenizer.pad_token_id or 0
 
     # Model --------------------------------------------------------------------------------------------
     base = store.final(order.base) if order.base else None
     model = load.load(order.model, base, tokenizer, order.max_length, order.seed)
-    isolation = probe.isolation(model.to(processes.device), arm, len(tokenizer)) if arm.layout != "pad" else None
+    backend = attention.choose(spec.attention_backend, processes.device, torch.float32)
+    trainee = Trainee(model.to(processes.device), backend, spec.head)
+    isolation = probe.isolation(trainee, arm, len(tokenizer)) if arm.layout != "pad" else None
     model = distributed.shard(model, processes)
     adamw = optim.optimizer(model, spec, fused=processes.world == 1)
     model.train()
@@ -91,9 +95,7 @@ def train(
             # Seeded by the step, so that a resumed run drops what an uninterrupted one does.
             torch.manual_seed(integer(order.seed, "dropout", step) + processes.rank)
             supervised = int(rows.supervised[chosen].sum())
-            shares = [
-                batching.share(chosen, rank, processes.world, spec.micro_batch) for rank in range(processes.world)
-            ]
+            shares = batching.spread(chosen, costs, processes.world, spec.micro_batch)
             micro_batches = shares[processes.rank]
             divisor = weighting.divisor(chosen, [own for share in shares for own in share], rows.supervised)
             slots, total = 0, torch.zeros((), device=processes.device)
@@ -103,7 +105,7 @@ def train(
                 )
                 distributed.sync_gradients(model, processes, number == len(micro_batches) - 1)
                 with autocast():
-                    summed = loss.token_sum(model, batch) * weighting.scale(own, rows.supervised)
+                    summed = trainee(batch) * weighting.scale(own, rows.supervised)
                 # Divided by what the step holds on all ranks, so micro-batches and ranks only split a sum. FSDP
                 # averages gradients over ranks; the factor undoes that.
                 torch.autograd.backward(summed * (processes.world / max(1.0, divisor)))
@@ -150,7 +152,7 @@ def train(
                 raise PreemptedError(f"stopped at step {step + 1} of {len(steps)}", "run the same command again")
 
     # Results ------------------------------------------------------------------------------------------
-    validation = _validation_loss(model, order, store, tokens, pad_id, processes)
+    validation = _validation_loss(trainee, order, store, tokens, pad_id, processes)
     weights = checkpoint.full_weights(model)
     if processes.is_main:
         with atomic_directory(store.final(order.id)) as directory:
@@ -238,7 +240,7 @@ def _write_config(order: TrainOrder, store: Store) -> None:
 
 
 def _validation_loss(
-    model: Any, order: TrainOrder, store: Store, tokens: Tokens, pad_id: int, processes: Processes
+    model: Trainee, order: TrainOrder, store: Store, tokens: Tokens, pad_id: int, processes: Processes
 ) -> float | None:
     """Token mean over the held-out documents, each alone and plainly truncated: comparable between all arms.
 
@@ -254,9 +256,9 @@ def _validation_loss(
     model.eval()
     every = torch.arange(held.rows.num_rows).numpy()
     with torch.no_grad():
-        for own in batching.share(every, processes.rank, processes.world, 16):
+        for own in batching.spread(every, held.tokens.astype(float), processes.world, 16)[processes.rank]:
             batch = collate(tokens, held, own.tolist(), alone, order.max_length, pad_id).to(processes.device)
-            total += loss.token_sum(model, batch).double()
+            total += model(batch).double()
     model.train()
     return float(processes.sum(total)) / int(held.supervised.sum())
 

@@ -1,21 +1,16 @@
-"""The loss of a batch as a sum; who divides it by what is `loop.py`'s one line."""
+"""What a label counts in the loss, and what a step's sum is divided by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from packcli.config import Loss
 from packcli.data.index import Index, Labels, supervised
-from packcli.model.attention import Segments
-from packcli.model.collate import Batch
 
 Ints = NDArray[np.int64]
 
@@ -69,24 +64,3 @@ def _per_document(index: Index, labels: Labels) -> NDArray[np.float64]:
         totals = np.bincount(document, counts[first:last])
         weights[first:last] = 1.0 / np.maximum(totals[document], 1)
     return weights
-
-
-def token_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Weighted sum of cross entropies over the batch's labels, fp32, a scalar that always carries a gradient.
-
-    The head is computed only where there is a label: exact, and with short answers most of its cost saved.
-    """
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        segments=Segments(batch.segments),
-        logits_to_keep=batch.predict if len(batch.predict) else 1,
-        use_cache=False,
-    )
-    logits: torch.Tensor = output.logits[0].float()
-    if not len(batch.labels):
-        # A rank without a label in this micro-batch still takes part in every collective of the backward pass.
-        return logits.sum() * 0.0
-    if batch.weights is None:
-        return F.cross_entropy(logits, batch.labels, reduction="sum")
-    return F.cross_entropy(logits, batch.labels, reduction="none") @ batch.weights
