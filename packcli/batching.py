@@ -83,6 +83,15 @@ def steps(
     return cut[: budget.steps] if budget.steps is not None else cut
 
 
+def position(sizes: Sizes, rows: int) -> tuple[int, int]:
+    """(epoch, row in it) of the row that comes after `rows` rows of a run."""
+    epoch = 0
+    while rows >= (length := sizes.block(epoch).stop - sizes.block(epoch).start):
+        rows -= length
+        epoch += 1
+    return epoch, rows
+
+
 def run_steps(sizes: Sizes, train: TrainSpec, order: Literal["shuffled", "sorted"], seed: int) -> list[Ints]:
     """Row numbers of every step of a training run."""
     budget = Budget(train.epochs, train.steps, train.tokens)
@@ -132,6 +141,27 @@ def _sorted(
     placed = np.empty(len(sizes), np.int64)
     placed[drawn] = np.arange(len(sizes))
     return np.concatenate([pieces[number] for number in placed])
+
+
+def peak_lr(train: TrainSpec, documents_per_step: float) -> float:
+    """The learning rate after warm-up, under `train.lr_rule`; `documents_per_step`: the run's mean."""
+    if train.reference_batch is None:
+        return train.lr
+    power = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}[train.lr_rule]
+    return train.lr * float((documents_per_step / train.reference_batch) ** power)
+
+
+def micro_batches(
+    rows: Ints, costs: NDArray[np.float64], train: TrainSpec, world: int, *, fixed: bool
+) -> list[list[Ints]]:
+    """Each rank's micro-batches of one step, equally many.
+
+    `costs` [R] float64: of every row there is. `fixed`: how rows share a micro-batch changes the result, so they
+    are cut as for `train.ranks` processes and only dealt to those there are.
+    """
+    if fixed:
+        return deal(cut(rows, train.ranks, train.micro_batch), costs, world)
+    return spread(rows, costs, world, train.micro_batch)
 
 
 def cut(rows: Ints, ranks: int, micro_batch: int) -> list[Ints]:

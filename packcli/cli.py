@@ -15,7 +15,8 @@ import orjson
 import typer
 
 from packcli import __version__, log
-from packcli.errors import ConfigError, PackcliError
+from packcli.errors import ConfigError, OutOfMemoryError, PackcliError
+from packcli.processes import GRACE_S
 
 if TYPE_CHECKING:
     from packcli.plan import Plan
@@ -42,6 +43,16 @@ Sets = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--nproc-per-node", metavar="N", min=1, help="Processes of one training. [default: one a GPU]"),
+]
+Grace = Annotated[
+    float, typer.Option("--grace", metavar="S", min=0, help="Seconds a stopped training has for its checkpoint.")
+]
+Fallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="If the newest checkpoint is damaged, take the one before.")
+]
 Format = Literal["table", "md", "csv", "json"]
 DEFAULT_RUNS = Path("runs")
 _PIPE_WIDTH = 140
@@ -205,31 +216,61 @@ def _prepared_part(plan: Plan, store: Store, part: tuple[int, int], json: bool) 
 
 @app.command()
 def train(
-    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+    sweep: SweepFile,
+    nproc_per_node: Processes = None,
+    nnodes: Annotated[int, typer.Option("--nnodes", min=1, help="Machines that run this command together.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", min=0, help="Which of them this is, from 0.")] = 0,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Machine 0, and a free port there.")
+    ] = None,
+    grace: Grace = GRACE_S,
+    allow_fallback: Fallback = False,
+    only: Only = None,
+    set_: Sets = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
 ) -> None:
-    """Train the selected cells here; several processes: `torchrun --nproc-per-node N -m packcli train SWEEP`."""
+    """Train the selected cells here, each with all GPUs.
+
+    Under torchrun (`torchrun --nproc-per-node N -m packcli train SWEEP`) it trains the same, but torchrun exits
+    with 1 whatever went wrong.
+    """
     from packcli import stages
-    from packcli.launch import local
+    from packcli.launch import local, ranks
     from packcli.plan import Kind, closure
     from packcli.processes import die_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())  # torch's agent starts its workers in sessions of their own
+    if nnodes > 1 and (rdzv_endpoint is None or node_rank >= nnodes):
+        raise ConfigError(
+            "--nnodes needs --rdzv-endpoint, and a --node-rank below it",
+            f"on machine K of 0 to {nnodes - 1}: --nnodes {nnodes} --node-rank K --rdzv-endpoint HOST:PORT",
+        )
     plan, store = _open(sweep, set_, only, runs)
     targets: list[tuple[Kind, str]] = [("train", id_) for id_ in plan.trains]
-    missing = [s for s in closure(plan, targets) if s[0] in ("tokens", "index") and store.state(*s) != "done"]
+    stages_ = closure(plan, targets)
+    missing = [s for s in stages_ if s[0] in ("tokens", "index") and store.state(*s) != "done"]
     if missing:
         raise ConfigError(
             f"{len(missing)} prepare stages are missing: training never tokenizes and never packs",
             f"run `packcli prepare {sweep}` first (with the same --only, --set and --runs)",
         )
-    failures: list[local.Failure] = []
+    orders = [plan.trains[id_] for kind, id_ in stages_ if kind == "train"]
+    failures: Iterable[Any] = ()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stages.train_together([plan.trains[id_] for kind, id_ in closure(plan, targets) if kind == "train"], store)
+        stages.train_together(orders, store, fallback=allow_fallback)
+        node_rank = int(os.environ["RANK"])
+    elif nnodes > 1:
+        processes, _ = ranks.processes_here(nproc_per_node)
+        group = ranks.Group(processes, nnodes, node_rank, rdzv_endpoint, grace)
+        failures = ranks.run_each(orders, store, group, ranks.Lines(), fallback=allow_fallback)
     else:
         stages.preflight(plan, store)
-        failures = local.run(plan, store, targets)
-    if os.environ.get("RANK", "0") == "0":
+        failures = local.run(
+            plan, store, targets, processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
+        )
+    if node_rank == 0:
         _report(plan, store, "json" if json else "table")
     _finish(failures)
 
@@ -285,6 +326,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, states and estimate; do nothing.")
     ] = False,
+    nproc_per_node: Processes = None,
+    grace: Grace = GRACE_S,
+    allow_fallback: Fallback = False,
     only: Only = None,
     set_: Sets = None,
     runs: Runs = DEFAULT_RUNS,
@@ -300,11 +344,17 @@ def sweep(
         for problem in stages.preflight(plan, store):
             log.logger.warning("warning: %s", problem.cause)
         document = statuses.dry_run(plan, store)
-        _print(document) if json else _show(statuses.table(document))
+        if json:
+            _print(document)
+            return
+        for part in (statuses.table(document), *statuses.before_training(document)):
+            _show(part)
         return
     for problem in stages.preflight(plan, store):
         log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)
-    failures = local.run(plan, store, plan.stages())
+    failures = local.run(
+        plan, store, plan.stages(), processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
+    )
     _report(plan, store, "json" if json else "table")
     _finish(failures)
 
@@ -325,6 +375,10 @@ def status(
 def report(
     sweep: SweepFile,
     format_: Annotated[Format, typer.Option("--format", help="table, md, csv or json.")] = "table",
+    figures: Annotated[
+        Path | None,
+        typer.Option("--figures", metavar="DIR", help="Also draw loss, throughput and speed-up there."),
+    ] = None,
     only: Only = None,
     set_: Sets = None,
     runs: Runs = DEFAULT_RUNS,
@@ -333,6 +387,12 @@ def report(
     """Print the comparison table of what has run so far."""
     plan, store = _open(sweep, set_, only, runs)
     _report(plan, store, "json" if json else format_)
+    if figures is not None:
+        from packcli.report import figures as drawing
+        from packcli.report import rows
+
+        for path in drawing.draw(rows.collect(plan, store), store, figures):
+            log.logger.info("%s", path)
 
 
 @app.command()
@@ -401,7 +461,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except PackcliError as error:
-        _complain(error.cause, error.fix)
+        # torchrun's ranks all raise what they share; memory is each one's own.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemoryError):
+            _complain(error.cause, error.fix)
         code = error.exit_code
     except typer.Abort:
         code = 130

@@ -340,6 +340,34 @@ class EvalSpec(Spec):
     engine: Literal["hf"] = "hf"
 
 
+Gpu = Literal[
+    "A40", "A100-40GB", "A100-80GB", "A800-80GB", "L40S", "RTX4090",
+    "H20", "H100-80GB", "H800-80GB", "H200", "B200",
+]  # fmt: skip
+
+
+class ClusterSpec(Spec):
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
+    gpu: Gpu
+
+    @property
+    def gpus(self) -> int:
+        """In all."""
+        return self.nodes * self.gpus_per_node
+
+
+class EstimateSpec(Spec):
+    """What `--dry-run` needs to say what a run takes; it changes nothing and enters no id.
+
+    cluster     where it is to run; without it no memory is counted.
+    slot_mfu    model FLOPs of all slots, padding included, over the peak, as measured there; without it no hours.
+    """
+
+    cluster: ClusterSpec | None = None
+    slot_mfu: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+
 class CellSpec(Spec):
     """One point of a sweep, every value written out."""
 
@@ -348,6 +376,7 @@ class CellSpec(Spec):
     arm: ArmSpec
     train: TrainSpec
     eval: EvalSpec = EvalSpec()
+    estimate: EstimateSpec = EstimateSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)]
 
 

@@ -1,4 +1,4 @@
-"""Every error a user may meet, with its exit code.
+"""Every error a user may meet, with its exit code and its kind, which `failure.json` keeps.
 
 PackcliError (1: a bug, unless a subclass says otherwise)
  +-- ConfigError       2    config or usage: unknown key, file missing, weights that do not match
@@ -6,17 +6,23 @@ PackcliError (1: a bug, unless a subclass says otherwise)
  +-- IntegrityError    4    a stored file is not what its manifest says
  +-- LockedError       5    another process holds this stage
  +-- MissingError      6    the machine lacks something: package, benchmark file, sandbox
- +-- RunError          7    a run failed: diverged, out of memory, lost
+ +-- RunError          7    a run failed
+ |    +-- DivergedError, OutOfMemoryError, HangError, KilledError, PeerError
  +-- PreemptedError   75    stopped at a step boundary; run the same command again
 
 A library call raises these; only `cli.py` prints them. Anything else that escapes is a bug.
 """
 
+from __future__ import annotations
+
+from typing import ClassVar
+
 
 class PackcliError(Exception):
     """What went wrong, and how to fix it, each as one line of plain text."""
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "bug"
 
     def __init__(self, cause: str, fix: str = "") -> None:
         # Both positional: an exception with keyword-only arguments cannot be unpickled from a worker.
@@ -29,28 +35,67 @@ class PackcliError(Exception):
 
 
 class ConfigError(PackcliError):
-    exit_code = 2
+    exit_code, kind = 2, "config"
 
 
 class DataError(PackcliError):
-    exit_code = 3
+    exit_code, kind = 3, "data"
 
 
 class IntegrityError(PackcliError):
-    exit_code = 4
+    exit_code, kind = 4, "integrity"
 
 
 class LockedError(PackcliError):
-    exit_code = 5
+    exit_code, kind = 5, "locked"
 
 
 class MissingError(PackcliError):
-    exit_code = 6
+    exit_code, kind = 6, "missing"
 
 
 class RunError(PackcliError):
-    exit_code = 7
+    exit_code, kind = 7, "failed"
+
+
+class DivergedError(RunError):
+    """A loss or gradient that is not finite."""
+
+    kind = "diverged"
+
+
+class OutOfMemoryError(RunError):
+    kind = "oom"
+
+
+class HangError(RunError):
+    """No progress for longer than `train.hang_timeout_s`."""
+
+    kind = "hang"
+
+
+class KilledError(RunError):
+    """A process died of a signal that packcli did not send."""
+
+    kind = "killed"
+
+
+class PeerError(RunError):
+    """Another process of the same run was lost: an effect, whose cause that process knows."""
+
+    kind = "peer"
 
 
 class PreemptedError(PackcliError):
-    exit_code = 75
+    exit_code, kind = 75, "preempted"
+
+
+_CLASSES = (
+    ConfigError, DataError, IntegrityError, LockedError, MissingError, PreemptedError,
+    RunError, DivergedError, OutOfMemoryError, HangError, KilledError, PeerError,
+)  # fmt: skip
+
+
+def of_kind(kind: str, cause: str, fix: str) -> PackcliError:
+    """The error that another process reported, or left in `failure.json`."""
+    return next((cls for cls in _CLASSES if cls.kind == kind), PackcliError)(cause, fix)

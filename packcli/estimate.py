@@ -6,12 +6,23 @@ they are null: never a guess.
 
 from __future__ import annotations
 
-from packcli import flops
-from packcli.config import Spec
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packcli import batching, flops, memory
+from packcli.batching import Ints, Sizes
+from packcli.config import EstimateSpec, LayoutSpec, Spec, TrainSpec
 
 
 class Estimate(Spec):
-    """`flops`: model FLOPs of the whole run. null: not known yet (`packcli prepare` first), or no rate given."""
+    """`flops`: model FLOPs of the whole run. null: not known yet (`packcli prepare` first), or no rate given.
+
+    `hours` on the cluster named in the sweep, `gpu_hours` = hours x its GPUs.
+    """
 
     rows: int | None = None
     steps: int | None = None
@@ -20,18 +31,115 @@ class Estimate(Spec):
     gpu_hours: float | None = None
 
 
-def estimate(
-    *, rows: int, steps: int, tokens: int, squares: int, supervised: int, shape: flops.Shape | None
-) -> Estimate:
-    """`tokens`, `squares` (sum of squared segment lengths) and `supervised` count the whole run."""
-    total = (
-        flops.training(shape, tokens=tokens, squares=squares, supervised=supervised) if shape is not None else None
+class StepArithmetic(Spec):
+    """What an optimizer step holds, on average over the run, and the learning rate that follows.
+
+    `documents` start in the step's rows; `tokens` are useful ones; `slots` count padding too. `lr`: the peak.
+    """
+
+    steps: int
+    rows: float
+    documents: float
+    tokens: float
+    slots: float
+    lr: float
+    lr_given: float
+    lr_rule: str
+    reference_batch: int | None
+
+    def text(self) -> str:
+        """One line: how rows become conversations and tokens, how many steps there are, which learning rate."""
+        per_row = self.documents / self.rows
+        one = f"1 row = {_number(per_row)} conversation{'' if _number(per_row) == '1' else 's'}"
+        step = (
+            f"{_number(self.rows)} rows = {_number(self.documents)} conversations, "
+            f"{self.tokens:,.0f} useful tokens of {self.slots:,.0f} slots a step"
+        )
+        return f"{one}: {step}; {self.steps:,} step{'' if self.steps == 1 else 's'}; lr {self._rate()}"
+
+    def _rate(self) -> str:
+        if self.reference_batch is None:
+            return f"{self.lr_given:g}"
+        ratio = f"{_number(self.documents)} / {self.reference_batch:,}"
+        factor = {"sqrt": f"sqrt({ratio})", "linear": ratio}[self.lr_rule]
+        return f"{self.lr_given:g} x {factor} = {self.lr:.3g}"
+
+
+def row_slots(tokens: Ints, arm: LayoutSpec, max_length: int, ledger: Mapping[str, Any]) -> NDArray[np.float64]:
+    """[R] float64: slots of each row.
+
+    `pad_to: longest` depends on a row's company in each epoch; rows get what they had on average in the first one.
+    """
+    match arm.pad_to:
+        case "none":
+            return tokens.astype(np.float64)
+        case "max_length":
+            return np.full(len(tokens), float(max_length))
+        case "longest":
+            share: float = ledger["slots"] / ledger["tokens_kept"]
+            return tokens.astype(np.float64) * share
+
+
+def step_arithmetic(
+    sizes: Sizes, slots: NDArray[np.float64], steps: list[Ints], train: TrainSpec
+) -> StepArithmetic:
+    """`slots` [R]: of each row (`row_slots`); `steps`: the rows of each (`batching.run_steps`)."""
+    chosen, count = np.concatenate(steps), len(steps)
+    documents = float(sizes.documents[chosen].sum()) / count
+    return StepArithmetic(
+        steps=count,
+        rows=len(chosen) / count,
+        documents=documents,
+        tokens=float(sizes.tokens[chosen].sum()) / count,
+        slots=float(slots[chosen].sum()) / count,
+        lr=batching.peak_lr(train, documents),
+        lr_given=train.lr,
+        lr_rule=train.lr_rule,
+        reference_batch=train.reference_batch,
     )
-    return Estimate(rows=rows, steps=steps, flops=total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Of the whole run, but for `rows`, which are those of the data.
+
+    `squares`: sum of squared lengths that attention sees; `slots` and `slot_squares`: the same, padding included.
+    """
+
+    rows: int
+    steps: int
+    tokens: int
+    squares: int
+    supervised: int
+    slots: float
+    slot_squares: float
+
+
+def estimate(counts: Counts, shape: flops.Shape | None, train: TrainSpec, spec: EstimateSpec) -> Estimate:
+    """FLOPs where the model's shape is known; hours where cluster and rate are given too."""
+    if shape is None:
+        return Estimate(rows=counts.rows, steps=counts.steps)
+    adapters = None if train.lora is None else shape.layers * memory.adapter_parameters(shape, train.lora)
+
+    def work(tokens: float, squares: float) -> float:
+        return flops.training(
+            shape,
+            tokens=int(tokens),
+            squares=int(squares),
+            supervised=counts.supervised,
+            trainable=adapters,
+        )
+
+    hours = gpu_hours = None
+    if spec.cluster is not None and spec.slot_mfu is not None and (peak := memory.peak_flops(spec.cluster.gpu)):
+        gpu_hours = work(counts.slots, counts.slot_squares) / (peak * spec.slot_mfu) / 3600
+        hours = gpu_hours / spec.cluster.gpus
+    useful = work(counts.tokens, counts.squares)
+    return Estimate(rows=counts.rows, steps=counts.steps, flops=useful, hours=hours, gpu_hours=gpu_hours)
 
 
 def total(estimates: list[Estimate]) -> Estimate:
-    """Sums over cells; null where any cell's is null."""
+    """Sums over cells, as if they ran one after another; null where any cell's is null."""
 
     def add(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -42,4 +150,11 @@ def total(estimates: list[Estimate]) -> Estimate:
         rows=None if rows is None else int(rows),
         steps=None if steps is None else int(steps),
         flops=add([e.flops for e in estimates]),
+        hours=add([e.hours for e in estimates]),
+        gpu_hours=add([e.gpu_hours for e in estimates]),
     )
+
+
+def _number(value: float) -> str:
+    """783 or 6.1."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}".removesuffix(".0")

@@ -61,12 +61,12 @@ def atomic_write(path: Path) -> Iterator[BufferedWriter]:
         fsync_directory(path.parent)
         _commit_point(path, "after")
     except OSError as error:
-        raise _disk_full(error, path) from None
+        raise disk_full(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _disk_full(error: OSError, path: Path) -> Exception:
+def disk_full(error: OSError, path: Path) -> Exception:
     """The error a user can act on when a disk or quota is full; any other as it is."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
@@ -115,7 +115,7 @@ def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
         fsync_directory(path.parent)
         _commit_point(path, "after")
     except OSError as error:
-        raise _disk_full(error, path) from None
+        raise disk_full(error, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -19,6 +19,7 @@ from packcli.config import (
     BatchUnit,
     CellSpec,
     DataSpec,
+    EstimateSpec,
     EvalSpec,
     LayoutSpec,
     ModelSpec,
@@ -111,7 +112,10 @@ class EvalOrder(Spec):
 
 
 class Cell(Spec):
-    """One point of the sweep: its labels and the ids of its stages (`evals`: task -> id)."""
+    """One point of the sweep: its labels and the ids of its stages (`evals`: task -> id).
+
+    `estimate` says what a dry run needs and is part of no id.
+    """
 
     id: str
     labels: dict[str, str]
@@ -119,6 +123,7 @@ class Cell(Spec):
     index: str
     train: str
     evals: dict[str, str]
+    estimate: EstimateSpec = EstimateSpec()
 
 
 class Plan(Spec):
@@ -237,7 +242,13 @@ class _Builder:
         evals = {task: self._eval(order.id, task, spec.eval) for task in spec.eval.tasks}
         identity = digest([order.id, sorted(evals.values())])
         return Cell(
-            id=identity, labels=labels, tokens=order.tokens, index=order.index, train=order.id, evals=evals
+            id=identity,
+            labels=labels,
+            tokens=order.tokens,
+            index=order.index,
+            train=order.id,
+            evals=evals,
+            estimate=spec.estimate,
         )
 
     def _train(

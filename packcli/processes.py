@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from packcli.errors import RunError
 
+GRACE_S = 300.0
+"""How long a training that was asked to stop may take to write its checkpoint."""
+ONE_REQUEST_S = 2.0
+"""Signals this close together are one request: a cluster signals each process of a job, and we pass signals on."""
 _PR_SET_PDEATHSIG = 1
 # Slow to import, and what most of this work needs; one that is not installed is passed over.
 _PRELOADED = ("transformers.tokenization_utils_tokenizers", "gigatoken", "awkward")
@@ -33,6 +40,37 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+@dataclass(slots=True)
+class Stop:
+    """What signals asked for: the first one to stop, a later one to do so at once, for which `end` is called."""
+
+    end: Callable[[], None] | None = None
+    number: int | None = None
+    at_s: float = 0.0
+    at_once: bool = False
+
+    def ask(self, number: int, frame: Any) -> None:
+        """A signal handler."""
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.at_s = number, now
+        elif now - self.at_s > ONE_REQUEST_S:
+            self.at_once = True
+            if self.end is not None:
+                self.end()
+
+
+@contextlib.contextmanager
+def listening(stop: Stop, *numbers: int) -> Iterator[None]:
+    """Signals only ask, and whoever works looks at `stop` where it can end well. Main thread only."""
+    previous = {number: signal.signal(number, stop.ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def imap(

@@ -8,15 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from packcli import batching, fingerprints, flops
+import numpy as np
+
+from packcli import batching, fingerprints, memory, shapes
 from packcli import estimate as estimates
-from packcli.config import ARMS, ArmSpec, CellSpec, DataSpec, EvalSpec, ModelSpec, SweepSpec, TrainSpec
+from packcli.config import (
+    ARMS,
+    ArmSpec,
+    CellSpec,
+    DataSpec,
+    EstimateSpec,
+    EvalSpec,
+    ModelSpec,
+    SweepSpec,
+    TrainSpec,
+)
 from packcli.errors import ConfigError, IntegrityError, PackcliError
-from packcli.estimate import Estimate
+from packcli.estimate import Estimate, StepArithmetic
 from packcli.eval import protocol
-from packcli.files import digest, read_json, write_json, write_jsonl
+from packcli.files import digest, write_json, write_jsonl
+from packcli.memory import Memory
 from packcli.plan import (
     VERSIONS,
     EvalOrder,
@@ -172,25 +185,30 @@ def prepare_index(order: IndexOrder, store: Store) -> Manifest:
         )
 
 
-def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
-    """Row index (and base) -> checkpoint. Under torchrun every rank calls this; rank 0 writes."""
+def train(order: TrainOrder, store: Store, note: Note = silent, *, fallback: bool = False) -> Manifest:
+    """Row index (and base) -> checkpoint. Under torchrun every rank calls this; rank 0 writes.
+
+    `fallback`: go on from an older checkpoint when the newest is damaged.
+    """
     if manifest := store.manifest("train", order.id):
         return manifest
     source = _upstream(store, "tokens", order.tokens)
     _upstream(store, "index", order.index)
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
-    from packcli.train import distributed, loop
+    from packcli.train import distributed, faults, loop
 
     def work() -> dict[str, Any]:
-        return loop.train(
-            order,
-            store,
-            stop_token_ids=source.results["stop_token_ids"],
-            files=source.results["files"],
-            shards=source.results["shards"],
-            note=note,
-        )
+        with faults.peers():
+            return loop.train(
+                order,
+                store,
+                stop_token_ids=source.results["stop_token_ids"],
+                files=source.results["files"],
+                shards=source.results["shards"],
+                note=note,
+                fallback=fallback,
+            )
 
     if distributed.rank() == 0:
         with store.writing("train", order.id):
@@ -211,12 +229,12 @@ def train(order: TrainOrder, store: Store, note: Note = silent) -> Manifest:
     return _upstream(store, "train", order.id)
 
 
-def train_together(orders: Sequence[TrainOrder], store: Store) -> None:
+def train_together(orders: Sequence[TrainOrder], store: Store, *, fallback: bool = False) -> None:
     """Train one after another with all processes that torchrun started; every rank calls this."""
     from packcli.train import distributed
 
     for order in orders:
-        train(order, store)
+        train(order, store, fallback=fallback)
     distributed.finish()
 
 
@@ -361,6 +379,7 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
 
     Raises:
         ConfigError: `model.config` makes no model, or its context is shorter than the rows.
+        MissingError: `train.lora` without peft.
     """
     todo = [order for order in plan_.trains.values() if store.state("train", order.id) != "done"]
     if any(order.model.config is not None for order in todo):
@@ -369,6 +388,10 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
         for order in todo:
             if order.model.config is not None:
                 configs.check_context(configs.build(order.model.config), order.max_length)
+    if any(order.train.lora for order in todo):
+        from packcli.model import lora
+
+        lora.require()
     missing: dict[str, PackcliError] = {}
     for scoring in plan_.evals.values():
         try:
@@ -381,33 +404,38 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
 # Before it runs ----------------------------------------------------------------------------------------
 
 
-def estimate(order: TrainOrder, store: Store) -> Estimate:
-    """Exact once the cell is prepared; before that, nothing is known that would not be a guess."""
-    if store.state("index", order.index) != "done":
-        return Estimate()
-    import numpy as np
+class Costs(NamedTuple):
+    """What is known of a training before it runs; None: not prepared, model not known, no cluster named."""
 
+    estimate: Estimate
+    step: StepArithmetic | None
+    memory: Memory | None
+
+
+def costs(order: TrainOrder, store: Store, spec: EstimateSpec) -> Costs:
+    """Exact once the cell is prepared; before that, nothing is said that would be a guess."""
+    source = store.manifest("tokens", order.tokens)
+    shape = shapes.shape(order.model, source.results["vocab_size"] if source else None)
+    needs = None
+    if shape is not None and spec.cluster is not None:
+        needs = memory.estimate(shape, order.train, order.model.dtype, order.max_length, spec.cluster)
+    prepared = store.manifest("index", order.index)
+    if prepared is None:
+        return Costs(Estimate(), None, needs)
     from packcli.data import index
 
     rows = index.read(store.rows(order.index))
     steps = batching.run_steps(rows.sizes, order.train, order.arm.order, order.seed)
-    chosen = np.concatenate(steps)
-    squares = rows.squares(order.arm.attention)
-    return estimates.estimate(
+    slots = estimates.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
+    chosen, squares = np.concatenate(steps), rows.squares(order.arm.attention)
+    counts = estimates.Counts(
         rows=rows.rows.num_rows,
         steps=len(steps),
         tokens=int(rows.tokens[chosen].sum()),
         squares=int(squares[chosen].sum()),
         supervised=int(rows.supervised[chosen].sum()),
-        shape=_shape(order, store),
+        slots=float(slots[chosen].sum()),
+        slot_squares=float((squares + (slots - rows.tokens) ** 2)[chosen].sum()),  # padding sees only itself
     )
-
-
-def _shape(order: TrainOrder, store: Store) -> flops.Shape | None:
-    if order.model.config is not None:
-        source = store.manifest("tokens", order.tokens)
-        return flops.shape(order.model.config, source.results["vocab_size"] if source else None)
-    try:
-        return flops.shape(read_json(Path(str(order.model.name)) / "config.json"))
-    except (OSError, ValueError):
-        return None
+    cost = estimates.estimate(counts, shape, order.train, spec)
+    return Costs(cost, estimates.step_arithmetic(rows.sizes, slots, steps, order.train), needs)

@@ -4,11 +4,11 @@
     runs/store/fingerprints.json                 hashes of input files, by size, mtime and inode
     runs/store/tokens/<id>/  tokenizer/  shard-00000.arrow  shard-00000.json  pieces.json  rejected.jsonl
     runs/store/index/<id>/   rows.arrow  validation.arrow
-    runs/store/train/<id>/   config.yaml  metrics.jsonl  checkpoint-<step>/  final/
+    runs/store/train/<id>/   config.yaml  metrics.jsonl  trackers/  checkpoint-<step>/  final/
     runs/store/eval/<id>/    results.json  samples.jsonl
 
 In each stage directory `manifest.json`, written last, means done and `failure.json` failed. Deleting a
-directory is the reset. `metrics.jsonl` is a log: it holds times, so no checksum is kept of it.
+directory is the reset. `metrics.jsonl` and `trackers/` are logs: they hold times, so no checksum is kept of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from packcli import __version__
 from packcli.config import Spec
-from packcli.errors import ConfigError, IntegrityError, PackcliError, PreemptedError, RunError
+from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
 from packcli.files import locked, read_json, sha256_file, write_json
 from packcli.plan import VERSIONS, Kind, Plan
 
@@ -37,7 +37,7 @@ State = Literal["pending", "running", "done", "failed"]
 MANIFEST = "manifest.json"
 EXPORT = "packcli.json"
 """Lists the files of an export, which may lie anywhere."""
-LOGS = frozenset({"metrics.jsonl"})
+LOGS = frozenset({"metrics.jsonl", "trackers"})
 
 
 class FileRecord(Spec):
@@ -134,6 +134,10 @@ class Store:
     def metrics(self, train: str) -> Path:
         return self.directory("train", train) / "metrics.jsonl"
 
+    def tracker_logs(self, train: str) -> Path:
+        """What TensorBoard and W&B keep of a run."""
+        return self.directory("train", train) / "trackers"
+
     def checkpoint(self, train: str, step: int) -> Path:
         return self.directory("train", train) / f"checkpoint-{step}"
 
@@ -197,8 +201,23 @@ class Store:
             except PreemptedError:
                 raise  # not failed: it goes on from its checkpoint
             except PackcliError as error:
-                write_json(self.failure_file(kind, id_), {"cause": error.cause, "fix": error.fix})
+                self.fail(kind, id_, error)
                 raise
+
+    def fail(self, kind: Kind, id_: str, error: PackcliError) -> None:
+        """Leave `failure.json`: also for a writer that was killed, or hangs, and cannot leave its own."""
+        effect = isinstance(error, PeerError) and self.failure_file(kind, id_).exists()
+        if not effect and not self.manifest_file(kind, id_).exists():
+            record = {"kind": error.kind, "cause": error.cause, "fix": error.fix}
+            write_json(self.failure_file(kind, id_), record)
+
+    def failure(self, kind: Kind, id_: str) -> PackcliError | None:
+        """Why a stage failed, as its `failure.json` says."""
+        try:
+            found = read_json(self.failure_file(kind, id_))
+        except FileNotFoundError:
+            return None
+        return of_kind(found["kind"], found["cause"], found["fix"])
 
     def commit(
         self,
@@ -227,7 +246,7 @@ class Store:
 
     def check_sizes(self, manifest: Manifest) -> None:
         """Raise `IntegrityError` for a file of a finished stage that is missing or short. Checksums: `verify`."""
-        _check(self.directory(manifest.stage, manifest.id), manifest.outputs, checksums=False)
+        check_listed(self.directory(manifest.stage, manifest.id), manifest.outputs, checksums=False)
 
     def remove(self, directory: Path) -> None:
         """Delete a directory of ours, nothing outside the run directory."""
@@ -245,7 +264,7 @@ def records(directory: Path) -> dict[str, FileRecord]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         unfinished = path.name == ".lock" or ".tmp-" in path.name
-        if path.is_file() and not unfinished and name not in LOGS and name != MANIFEST:
+        if path.is_file() and not unfinished and name.partition("/")[0] not in LOGS and name != MANIFEST:
             found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
     return found
 
@@ -275,18 +294,30 @@ def verify(directory: Path) -> int:
 
 def _verify_listed(path: Path, key: str, inside: Path) -> int:
     """Check the files that `path` lists under `key`, of those that lie in `inside`."""
-    home = path.parent
-    try:
-        outputs = {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise IntegrityError(f"{path}: not a manifest", f"delete {home} and run again") from None
-    within = inside.absolute()
-    outputs = {name: record for name, record in outputs.items() if (home.absolute() / name).is_relative_to(within)}
-    _check(home, outputs, checksums=True)
+    home, within = path.parent, inside.absolute()
+    outputs = {
+        name: record
+        for name, record in listed(path, key).items()
+        if (home.absolute() / name).is_relative_to(within)
+    }
+    check_listed(home, outputs, checksums=True)
     return len(outputs)
 
 
-def _check(directory: Path, outputs: Mapping[str, FileRecord], *, checksums: bool) -> None:
+def listed(path: Path, key: str) -> dict[str, FileRecord]:
+    """The files that the manifest `path` lists under `key`.
+
+    Raises:
+        IntegrityError: it is no manifest.
+    """
+    try:
+        return {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise IntegrityError(f"{path}: not a manifest", f"delete {path.parent} and run again") from None
+
+
+def check_listed(directory: Path, outputs: Mapping[str, FileRecord], *, checksums: bool) -> None:
+    """Raise `IntegrityError` for a file that is missing, short or (`checksums`) changed."""
     for name, record in outputs.items():
         file = directory / name
         if not file.is_file():
@@ -309,7 +340,7 @@ def normalized(value: Any) -> Any:
 def _varies(key: str) -> bool:
     # A report's speed-up is a ratio of times, its verdict a text that quotes them.
     return (
-        key in ("provenance", "mfu", "speedup", "verdict")
+        key in ("provenance", "mfu", "mfu_full_square", "speedup", "verdict")
         or key.endswith(("_s", "_per_s"))
         or key.startswith("peak_")
     )

@@ -24,8 +24,8 @@ from packcli.errors import ConfigError
 from packcli.yamlfile import KeyPath, Lines, Problems, parse
 
 MAX_CELLS = 10_000
-_TOP_KEYS = ("name", "model", "data", "train", "eval", "matrix", "include", "exclude", "arms", "baseline")
-_SECTIONS = ("model", "data", "train", "eval")
+_SECTIONS = ("model", "data", "train", "eval", "estimate")
+_TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseline")
 # Where pydantic puts the branch of a union into an error's location: no part of a key.
 _UNION_TAGS = frozenset({"constrained-str", "list[str]"})
 

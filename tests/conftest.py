@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -18,6 +21,9 @@ from hypothesis import settings
 
 from packcli import sweepfile
 from packcli.config import SweepSpec
+
+if TYPE_CHECKING:
+    from training import Data
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPO.parent / "shared" / "data"
@@ -162,3 +168,114 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder ../shared/data beside the repository is not there")
     return SHARED_DATA
+
+
+# Training: a prepared store of the toy's conversations, one of real ones, and both in turn. -------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    from training import Data
+
+    return Data(tmp_path_factory.mktemp("tiny"), "tiny", 200)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    from training import Data
+
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real chat data is not beside this checkout")
+    return Data(tmp_path_factory.mktemp("real"), str(SHARED_DATA / "sft" / "sharegpt_dummy.json"), 60)
+
+
+@pytest.fixture(params=["tiny", "real"])
+def data(request: pytest.FixtureRequest) -> Data:
+    found: Data = request.getfixturevalue(request.param)
+    return found
+
+
+class Training:
+    """One prepared training, run by commands that may be killed at will."""
+
+    def __init__(self, sweep: Path, run_cli: Callable[..., Done], cwd: Path) -> None:
+        self.sweep, self.cwd, self._run = sweep, cwd, run_cli
+        assert self.cli("prepare").code == 0
+
+    def cli(self, command: str, *options: object, env: dict[str, str] | None = None) -> Done:
+        return self._run(command, self.sweep, *options, cwd=self.cwd, env=env)
+
+    def start(self, command: str, *options: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "packcli", command, str(self.sweep), *map(str, options)],
+            cwd=self.cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+            preexec_fn=listen_to_ctrl_c,
+        )
+
+    def directories(self) -> list[Path]:
+        return list((self.cwd / "runs" / "store" / "train").glob("*"))
+
+    @property
+    def directory(self) -> Path:
+        """Of the one training there is: a second id would be an error."""
+        [found] = self.directories()
+        return found
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What `metrics.jsonl` says, a torn last line left out."""
+        lines = (self.directory / "metrics.jsonl").read_bytes().split(b"\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.steps()]
+
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.directory / "manifest.json").read_bytes())  # type: ignore[no-any-return]
+
+    def failure(self) -> dict[str, Any]:
+        assert not (self.directory / "manifest.json").exists()
+        return json.loads((self.directory / "failure.json").read_bytes())  # type: ignore[no-any-return]
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the finished ones."""
+        found = self.directory.glob("checkpoint-*/manifest.json")
+        return sorted(int(path.parent.name.partition("-")[2]) for path in found)
+
+    def forget(self) -> None:
+        shutil.rmtree(self.cwd / "runs" / "store" / "train", ignore_errors=True)
+
+    def until_step(self, step: int, process: subprocess.Popen[str]) -> None:
+        def reached() -> bool:
+            assert process.poll() is None, process.communicate()
+            found = list((self.cwd / "runs" / "store" / "train").glob("*/metrics.jsonl"))
+            return bool(found) and len(self.steps()) >= step
+
+        self.until(reached)
+
+    @staticmethod
+    def until(reached: Callable[[], bool], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not reached():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def survivors(self) -> list[int]:
+        """Processes that work on this run directory."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "cwd").readlink() == self.cwd:
+                    found.append(int(entry.name))
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank."""
+        for pid in self.survivors():
+            with contextlib.suppress(OSError):
+                if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    return pid
+        raise AssertionError(f"no rank {number}")

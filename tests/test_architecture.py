@@ -29,6 +29,8 @@ RANKS = {
     "patterns": 2,
     "released": 2,
     "flops": 2,
+    "memory": 2,
+    "shapes": 2,
     "plan": 3,
     "estimate": 3,
     "papersteps": 3,

@@ -28,12 +28,13 @@ SELECTING = {"--only", "--set", "--runs", "--json", "--help"}
 OPTIONS = {
     "prepare": SELECTING
     | {"--plan", "--tokenizer", "--template", "--max-length", "--show", "--draw", "--export", "--part"},
-    "train": SELECTING,
+    "train": SELECTING
+    | {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--grace", "--allow-fallback"},
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"}
     | {"--chat-template"},
-    "sweep": SELECTING | {"--on", "--dry-run"},
+    "sweep": SELECTING | {"--on", "--dry-run", "--nproc-per-node", "--grace", "--allow-fallback"},
     "status": SELECTING,
-    "report": SELECTING | {"--format"},
+    "report": SELECTING | {"--format", "--figures"},
     "verify": {"--help"},
 }
 
@@ -368,7 +369,7 @@ def test_a_dry_run_has_the_keys_of_the_contract_and_does_nothing(run_cli: Run, p
     assert {"shared", "cells", "total"} <= document.keys()
     assert len(document["cells"]) == 10
     for cell in document["cells"]:
-        assert cell.keys() == {"cell", "labels", "stages", "estimate"}
+        assert cell.keys() == {"cell", "labels", "stages", "estimate", "step", "memory"}
         assert cell["stages"].keys() == {"prepare", "train", "eval"}
         assert [cell["stages"][stage]["state"] for stage in ("prepare", "train", "eval")] == [
             "done",

@@ -307,12 +307,13 @@ def our_loss(cell: export.Prepared, rows: list[int], model: Any) -> float:
 
     from packcli.model import attention
     from packcli.model.collate import collate
-    from packcli.train.loss import token_sum
+    from packcli.model.trainee import Trainee
 
     model.set_attn_implementation(attention.NAME)
+    backend = attention.choose("auto", torch.device("cpu"), torch.float32)
     batch = collate(cell.tokens, cell.index, rows, cell.arm, cell.order.max_length, cell.pad_id)  # type: ignore[arg-type]
     with torch.no_grad():
-        return float(token_sum(model, batch)) / len(batch.labels)
+        return float(Trainee(model, backend)(batch)) / len(batch.labels)
 
 
 def readme_collator(directory: Path) -> Any:

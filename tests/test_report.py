@@ -246,6 +246,30 @@ def test_seeds_that_agree_to_the_item_make_a_difference_certain(make: Make) -> N
     assert "+1.0 points in every one of 3 seeds, without scatter" in sweep.report().verdict
 
 
+def test_speedup_has_a_part_that_is_not_printed(make: Make) -> None:
+    """3 times faster, of which computing fewer slots is not quite 2: the rest is time a slot."""
+    group = make().group("best_fit")
+    assert group.speedup is not None
+    assert group.speedup.cpu_per_slot is not None
+    assert group.slot_ratio is not None
+    assert group.speedup.cpu == pytest.approx(group.slot_ratio * group.speedup.cpu_per_slot)
+    flat = " ".join(shown(make().report()).split())
+    assert "of these a step 160 165" in flat
+    assert "fewer slots baseline 1.94x less CPU time a slot baseline 1.53x" in flat
+    assert (
+        "1.94x by fewer slots, 1.53x by time a slot (20 steps of 165 slots); `padding` took 40 steps of 160"
+        in flat
+    )
+
+
+def test_fewer_slots_are_not_given_as_the_reason(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        fast = cell.labels["arm"] != "padding"
+        sweep.trained(cell, cpu_s=11.0 if fast else 20.0, wall_s=20.0, slots=3200 if fast else 6400)
+    assert "Time follows slots: a slot took as long as in `padding`, within 10%" in sweep.report().verdict
+
+
 def test_speedup_divides_seeds_only_one_arm_has(make: Make) -> None:
     sweep = make()
     sweep.store.manifest_file("train", sweep.cell(arm="padding", seed="3").train).unlink()

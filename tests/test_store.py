@@ -64,6 +64,7 @@ def test_a_stage_that_was_killed_is_pending_and_one_that_failed_says_why(tmp_pat
         raise RunError("diverged", "lower the rate")
     assert runs.state("eval", "k") == "failed"
     assert json.loads(runs.failure_file("eval", "k").read_bytes()) == {
+        "kind": "failed",
         "cause": "diverged",
         "fix": "lower the rate",
     }

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
 
 from packcli import log
 from packcli.errors import PreemptedError
+from packcli.launch import ranks
+from packcli.launch.ranks import Group
 from packcli.plan import Kind, Plan, closure
+from packcli.processes import GRACE_S, Stop
 from packcli.store import Store
 
 Stage = tuple[Kind, str]
-_GRACE_S = 30.0
 _QUIET_LINE_S = 30.0
 
 
@@ -65,15 +67,29 @@ class _Run:
     waiting: list[_Job]
     done: set[Stage]
     total: int
+    group: Group
+    fallback: bool
     failures: list[Failure] = field(default_factory=list)
 
 
-def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
+def run(
+    plan: Plan,
+    store: Store,
+    targets: Iterable[Stage],
+    *,
+    processes: int | None = None,
+    grace_s: float = GRACE_S,
+    fallback: bool = False,
+) -> list[Failure]:
     """Do every stage the targets need that is not done; what failed, in the order it did.
+
+    `processes`: of one training; unset, one a GPU. `grace_s`: how long a training may take to write its checkpoint
+    when all is to stop. `fallback`: a training whose newest checkpoint is damaged takes the one before.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; running trainings were asked to write a checkpoint first.
-        PreemptedError: SIGTERM, likewise.
+        PreemptedError: SIGTERM or SIGUSR2, likewise.
+        MissingError: more processes than GPUs.
     """
     stages = closure(plan, targets)
     done = {stage for stage in stages if store.state(*stage) == "done"}
@@ -83,12 +99,16 @@ def run(plan: Plan, store: Store, targets: Iterable[Stage]) -> list[Failure]:
     store.check(writable=True)
     store.write_plan(plan)
     started = time.monotonic()
-    state = _Run(plan, store, jobs, done, total=sum(len(job.ids) for job in jobs))
-    count, threads = _workers(plan, jobs)
+    heavy = any(job.kind in ("train", "eval") for job in jobs)
+    each, gpus = ranks.processes_here(processes) if heavy else (1, 0)
+    group = Group(processes=each, grace_s=grace_s)
+    state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, fallback)
+    # Two on one GPU share its memory and spoil each other's times.
+    count, threads = (1, os.cpu_count() or 1) if gpus or each > 1 else _workers(plan, jobs)
     log.logger.info(
         "%d of %d stages to do, %d at a time, on %d cores", state.total, len(stages), count, os.cpu_count() or 1
     )
-    with _pool(store, plan.name, count, threads) as workers, _terminable():
+    with _terminable(), _pool(store, plan.name, count, threads, grace_s) as workers:
         _schedule(state, workers)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     log.logger.info("%s after %d min %d s", "failed" if state.failures else "finished", minutes, seconds)
@@ -136,7 +156,7 @@ def _names(plan: Plan) -> dict[Stage, str]:
 
 
 @contextlib.contextmanager
-def _pool(store: Store, sweep: str, count: int, threads: int) -> Iterator[list[_Worker]]:
+def _pool(store: Store, sweep: str, count: int, threads: int, grace_s: float) -> Iterator[list[_Worker]]:
     workers = [_start(store, sweep, number, threads) for number in range(count)]
     try:
         yield workers
@@ -146,7 +166,7 @@ def _pool(store: Store, sweep: str, count: int, threads: int) -> Iterator[list[_
             worker.process.terminate()
             if worker.process.stdin is not None:
                 worker.process.stdin.close()  # after its checkpoint it finds no further job, and ends
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + grace_s
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             for worker in workers:
                 if worker.job is not None and worker.job.kind == "train":
@@ -179,16 +199,22 @@ def _start(store: Store, sweep: str, number: int, threads: int) -> _Worker:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM stops a sweep as Ctrl-C does, with the exit code for "run again"."""
+    """SIGTERM and SIGUSR2 stop a sweep as Ctrl-C does, with the exit code for "run again"; two, at once."""
+    stop = Stop()
 
-    def stop(number: int, frame: Any) -> None:
-        raise PreemptedError("stopped by SIGTERM", "run the same command again: it goes on where it was")
+    def ask(number: int, frame: Any) -> None:
+        first = stop.number is None
+        stop.ask(number, frame)
+        if first or stop.at_once:
+            name = signal.Signals(number).name
+            raise PreemptedError(f"stopped by {name}", "run the same command again: it goes on where it was")
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _schedule(state: _Run, workers: list[_Worker]) -> None:
@@ -264,7 +290,9 @@ def _cost(state: _Run, job: _Job) -> float:
 
 def _send(state: _Run, worker: _Worker, job: _Job) -> None:
     orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
-    request = {"kind": job.kind, "ids": job.ids, "orders": orders}
+    request: dict[str, Any] = {"kind": job.kind, "ids": job.ids, "orders": orders, "fallback": state.fallback}
+    if job.kind == "train" and state.group.processes > 1:
+        request["group"] = asdict(state.group)
     worker.job, worker.note = job, {}
     assert worker.process.stdin is not None
     # A worker that died takes no request; the scheduler sees its pipe close and replaces it.
@@ -295,10 +323,15 @@ def _bury(state: _Run, number: int, worker: _Worker) -> int:
     worker.job, worker.pending, worker.note = None, b"", {}
     if job is None:
         return 0
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    cause = f"{job.kind} {job.name}: the process died ({how}; out of memory?)"
-    fix = f"see {state.store.worker_log(state.plan.name, number)}"
-    _end(state, job, [{"id": id_, "cause": cause, "fix": fix, "exit_code": 7} for id_ in job.ids])
+    error = ranks.died(f"{job.kind} {job.name}", code, state.store.failure(job.kind, job.ids[0]))
+    fix = f"{error.fix}. Its log: {state.store.worker_log(state.plan.name, number)}"
+    for id_ in job.ids:
+        state.store.fail(job.kind, id_, error)
+    _end(
+        state,
+        job,
+        [{"id": id_, "cause": error.cause, "fix": fix, "exit_code": error.exit_code} for id_ in job.ids],
+    )
     return len(job.ids)
 
 

@@ -1,7 +1,7 @@
 """A process that does stages one after another, so that heavy imports are paid once.
 
 Jobs come as JSON lines on stdin and are answered on a pipe of their own: whatever a library prints goes to the
-worker's log. It dies with its parent, whatever kills that.
+worker's log. It dies with its parent, whatever kills that. Each rank of a training is such a process, too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import orjson
 
 from packcli import stages
 from packcli.errors import PackcliError
+from packcli.launch import ranks
 from packcli.plan import EvalOrder, IndexOrder, TokensOrder, TrainOrder
 from packcli.processes import die_with_parent
 from packcli.store import Store
@@ -51,12 +52,17 @@ class Worker:
             # its traceback in the log; the sweep's other jobs go on.
             traceback.print_exc()
             fix = "the traceback is in the sweep's worker-*.log; please report it"
-            failures = [{"id": id_, "cause": _brief(error), "fix": fix, "exit_code": 1} for id_ in job["ids"]]
+            failures = [_failure(id_, PackcliError(_brief(error), fix)) for id_ in job["ids"]]
         self._send({"event": "end", "failures": failures})
 
     def _stage(self, job: dict[str, Any]) -> list[dict[str, Any]]:
         order = _ORDERS[job["kind"]].model_validate(job["orders"][0])
-        stages.run(job["kind"], order, self._store, self._note)
+        if not isinstance(order, TrainOrder):
+            stages.run(job["kind"], order, self._store, self._note)
+        elif group := job.get("group"):
+            ranks.run(order, self._store, ranks.Group(**group), self._note, fallback=job["fallback"])
+        else:
+            stages.train(order, self._store, self._note, fallback=job["fallback"])
         return []
 
     def _evaluate(self, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,7 +88,7 @@ class Worker:
 
 
 def _failure(id_: str, error: PackcliError) -> dict[str, Any]:
-    return {"id": id_, "cause": error.cause, "fix": error.fix, "exit_code": error.exit_code}
+    return {"id": id_, "kind": error.kind, "cause": error.cause, "fix": error.fix, "exit_code": error.exit_code}
 
 
 def _brief(error: Exception) -> str:
@@ -94,6 +100,10 @@ def main() -> None:
     runs, answers, threads, parent = sys.argv[1:5]
     die_with_parent(int(parent))
     Worker(Store(Path(runs)), int(answers), int(threads)).serve()
+    if "RANK" in os.environ:
+        from packcli.train import distributed
+
+        distributed.finish()
 
 
 if __name__ == "__main__":

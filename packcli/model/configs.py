@@ -41,10 +41,32 @@ def build(config: Mapping[str, Any], **tokens: int | None) -> Any:
                 raise ConfigError(
                     f"unknown key `model.config.{key}`" + (f"; did you mean `{near[0]}`?" if near else ""), _SEE
                 )
-        return AutoConfig.for_model(name, **{**tokens, **fields})
+        config = AutoConfig.for_model(name, **{**tokens, **fields})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"`model.config` makes no {name} model: {reason}", _SEE) from None
+    check_kind(config, "`model.config`")
+    return config
+
+
+def check_kind(config: Any, source: str) -> None:
+    """Raise `ConfigError` unless `config`, of `source`, is that of a text-only decoder with plain weights."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{source}: `{kind}` is an encoder-decoder", "use a decoder-only model")
+    parts = " ".join(getattr(config, "sub_configs", ()))
+    text = config.get_text_config(decoder=True)
+    if text is not config or any(sense in parts for sense in ("vision", "audio")):
+        raise ConfigError(
+            f"{source}: `{kind}` is a model of several parts (text with images or sound)",
+            f"use its text model alone (`{text.model_type}`)" if text is not config else "use a text-only model",
+        )
+    if quantization := getattr(config, "quantization_config", None):
+        fields = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+        raise ConfigError(
+            f"{source}: its weights are quantized ({fields.get('quant_method', 'no method named')})",
+            "use the checkpoint it was quantized from",
+        )
 
 
 def check_context(config: Any, max_length: int) -> None:

@@ -61,7 +61,7 @@ def _group(rows: list[Row], pairs: Pairs) -> Group:
         ledger=_ledger(rows),
         eval=pooled,
         speedup=_speedup(pairs),
-        slot_ratio=_ratio(pairs, lambda row: row.train.slots if row.train else None)[0],
+        slot_ratio=_ratio(pairs, _slots)[0],
     )
 
 
@@ -145,7 +145,20 @@ def _speedup(pairs: Pairs) -> Speedup | None:
         return None
     cpu, cpu_range = _ratio(trained, lambda row: row.train.cpu_s if row.train else None)
     wall, wall_range = _ratio(trained, lambda row: row.train.wall_s if row.train else None)
-    return Speedup(cpu=cpu, cpu_range=cpu_range, wall=wall, wall_range=wall_range, n_pairs=len(trained))
+    slots, _ = _ratio(trained, _slots)
+    return Speedup(
+        cpu=cpu,
+        cpu_range=cpu_range,
+        wall=wall,
+        wall_range=wall_range,
+        cpu_per_slot=cpu / slots if cpu and slots else None,
+        wall_per_slot=wall / slots if wall and slots else None,
+        n_pairs=len(trained),
+    )
+
+
+def _slots(row: Row) -> float | None:
+    return row.train.slots if row.train else None
 
 
 def _ratio(pairs: Pairs, measure: Callable[[Row], float | None]) -> tuple[float | None, Interval | None]:

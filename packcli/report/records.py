@@ -118,13 +118,16 @@ class PooledScore(Spec):
 class Speedup(Spec):
     """Mean time of the baseline over this arm's, over the `n_pairs` seeds that both have.
 
-    `cpu_range`, `wall_range`: the lowest and the highest of the ratio seed by seed.
+    `cpu_range`, `wall_range`: the lowest and the highest of the ratio seed by seed. `cpu_per_slot`,
+    `wall_per_slot`: the same of the time a slot takes; `cpu` and `wall` are these times how many fewer slots.
     """
 
     cpu: float | None
     cpu_range: Interval | None
     wall: float | None
     wall_range: Interval | None
+    cpu_per_slot: float | None
+    wall_per_slot: float | None
     n_pairs: int
 
 

@@ -58,6 +58,7 @@ def _cost(groups: list[Group], baseline: str | None) -> list[list[str]]:
         ("efficiency, %", lambda group: words.percent(group.ledger.get("efficiency") if group.ledger else None)),
         ("optimizer steps", lambda group: _trained(group, "steps", words.count)),
         ("slots computed", lambda group: _trained(group, "slots", words.large)),
+        ("  of these a step", _slots_a_step),
         ("wall time, s", lambda group: _trained(group, "wall_s", words.seconds)),
         ("CPU time, s", lambda group: _trained(group, "cpu_s", words.seconds)),
         ("useful tokens/s", lambda group: _trained(group, "useful_tokens_per_s", words.rate)),
@@ -67,11 +68,17 @@ def _cost(groups: list[Group], baseline: str | None) -> list[list[str]]:
         lines.append(("MFU, %", lambda group: _trained(group, "mfu", words.percent)))
     if baseline is not None:
         # Beside an accelerator the CPU only waits: its time says nothing of the arm.
-        if all(group.train.device == "cpu" for group in groups if group.train):
-            lines.append(("speed-up, CPU time", lambda group: _against(group, baseline, _cpu)))
+        on_cpu = all(group.train.device == "cpu" for group in groups if group.train)
+        if on_cpu:
+            lines.append(("speed-up, CPU time", lambda group: _against(group, baseline, _speedup("cpu"))))
+        per_slot = _speedup("cpu_per_slot" if on_cpu else "wall_per_slot")
         lines += [
-            ("speed-up, wall time", lambda group: _against(group, baseline, _wall)),
+            ("speed-up, wall time", lambda group: _against(group, baseline, _speedup("wall"))),
             ("fewer slots", lambda group: _against(group, baseline, lambda own: own.slot_ratio)),
+            (
+                f"less {'CPU' if on_cpu else 'wall'} time a slot",
+                lambda group: _against(group, baseline, per_slot),
+            ),
         ]
     lines.append(("seeds trained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}"))
     return [[name, *(shown(group) for group in groups)] for name, shown in lines]
@@ -92,12 +99,13 @@ def _against(group: Group, baseline: str, ratio: Callable[[Group], float | None]
     return "baseline" if group.arm == baseline else words.times(ratio(group))
 
 
-def _cpu(group: Group) -> float | None:
-    return group.speedup.cpu if group.speedup else None
+def _slots_a_step(group: Group) -> str:
+    found = group.train
+    return words.large(found.slots / found.steps if found and found.slots and found.steps else None)
 
 
-def _wall(group: Group) -> float | None:
-    return group.speedup.wall if group.speedup else None
+def _speedup(field: str) -> Callable[[Group], float | None]:
+    return lambda group: getattr(group.speedup, field) if group.speedup else None
 
 
 # What they score ---------------------------------------------------------------------------------------
@@ -197,6 +205,10 @@ def legend(report: Report) -> list[str]:
         lines.append(
             f"speed-up, fewer slots: {report.baseline} / the arm, over the seeds both have. "
             "Not clearly behind: its range over seeds overlaps the fastest arm's."
+        )
+        lines.append(
+            "speed-up = fewer slots x less time a slot. A slot takes longer where a step holds few, as a step "
+            "costs something whatever it holds (the optimizer), and where attention looks further."
         )
     lines += _about_errors([score for group in report.groups for score in group.eval.values()])
     if any(group.interval for group in report.groups):

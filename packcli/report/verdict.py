@@ -13,6 +13,8 @@ from packcli.report.records import Group, Row, Train, by_setting
 
 STEPS_CONFOUND = 0.2
 """Steps that differ by more than this share of the baseline's are named as a confound."""
+BY_SLOTS = 0.1
+"""A slot that takes as long as the baseline's within this share leaves the speed-up to fewer slots."""
 
 
 def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
@@ -81,7 +83,8 @@ def _setting(groups: list[Group], baseline: str | None, trains: list[Train]) -> 
     if not others:
         return f"There is no arm besides `{baseline}` here, so nothing is compared."
     steps = _steps(next(group for group in groups if group.arm == baseline), others)
-    return " ".join([_speed(others, baseline, trains), *_quality(others, baseline), *steps])
+    speed = [_speed(others, baseline, trains), *_by_slots(groups, baseline, trains)]
+    return " ".join([*speed, *_quality(others, baseline), *steps])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,36 @@ def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
     close = words.listed([f"`{plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
     beside = f" Not clearly behind it: {close}." if near else ""
     return f"Speed: {arm} was fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
+
+
+def _by_slots(groups: list[Group], baseline: str, trains: list[Train]) -> list[str]:
+    """Whether arms are faster because they compute fewer slots; else what else there is to look at."""
+    measure = "cpu" if {train.device for train in trains} == {"cpu"} else "wall"
+    found = [
+        (group, ratio)
+        for group in groups
+        if group.speedup and (ratio := getattr(group.speedup, f"{measure}_per_slot"))
+    ]
+    if not found:
+        return []
+    other = [(group, ratio) for group, ratio in found if abs(ratio - 1) > BY_SLOTS]
+    if not other:
+        return [
+            f"Time follows slots: a slot took as long as in `{baseline}`, within {BY_SLOTS:.0%}, in every arm."
+        ]
+    (own,) = [group for group in groups if group.arm == baseline]
+    arms = [
+        f"`{plain(group.arm)}` {words.times(group.slot_ratio)} by fewer slots, {words.times(ratio)} by time a slot"
+        f" ({_step_sizes(group)})"
+        for group, ratio in other
+    ]
+    return [f"Slots alone do not explain the time: {words.listed(arms)}; `{baseline}` took {_step_sizes(own)}."]
+
+
+def _step_sizes(group: Group) -> str:
+    if group.train is None or not group.train.steps or not group.train.slots:
+        return "steps unknown"
+    return f"{words.count(group.train.steps)} steps of {words.large(group.train.slots / group.train.steps)} slots"
 
 
 def _quality(others: list[Group], baseline: str) -> list[str]:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import yaml
+from torch.distributed.tensor import DTensor
 
-from packcli import batching, flops
+from packcli import batching, estimate, flops
+from packcli.batching import Ints
+from packcli.config import TrainSpec
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.data.tokenizer import load_directory
 from packcli.data.tokens import Tokens
-from packcli.errors import PreemptedError, RunError
+from packcli.errors import DivergedError, PreemptedError
+from packcli.estimate import StepArithmetic
 from packcli.files import atomic_directory, atomic_write, json_line, read_jsonl
-from packcli.model import attention, load, probe
+from packcli.model import attention, head, load, probe
 from packcli.model.collate import collate
 from packcli.model.trainee import Trainee
 from packcli.plan import TrainOrder
+from packcli.processes import Stop, listening
 from packcli.seeds import integer
 from packcli.store import Store
-from packcli.train import checkpoint, distributed, loss, optim
+from packcli.train import distributed, faults, loss, metrics, optim, trackers, watchdog
+from packcli.train import step as step_
+from packcli.train.checkpoint import Checkpoints
 from packcli.train.distributed import Processes
+from packcli.train.loss import Weighting
+from packcli.train.metrics import Meter
+from packcli.train.step import Objective
 
 Note = Callable[[int, int, str], None]
 """Called after each step with (step, steps, a short remark)."""
@@ -44,138 +55,220 @@ class Progress:
 
 
 def train(
-    order: TrainOrder, store: Store, *, stop_token_ids: list[int], files: list[str], shards: int, note: Note
+    order: TrainOrder,
+    store: Store,
+    *,
+    stop_token_ids: list[int],
+    files: list[str],
+    shards: int,
+    note: Note,
+    fallback: bool = False,
 ) -> dict[str, Any]:
     """Train, leave `final/` as a Hugging Face checkpoint, and return the results for the manifest.
+
+    `fallback`: go on from an older checkpoint when the newest is damaged.
 
     Raises:
         ConfigError: model and data do not fit each other.
         IntegrityError: a checkpoint changed on disk.
         RunError: a non-finite loss or gradient; nothing was updated with it.
-        PreemptedError: SIGTERM arrived; a checkpoint was written at a step boundary.
+        PreemptedError: SIGTERM or SIGUSR2 arrived; a checkpoint was written at a step boundary.
     """
-    processes = distributed.start()
-    _set_threads(order.train.threads)
-    spec, arm = order.train, order.arm
+    spec, arm, dtype = order.train, order.arm, order.model.dtype
+    trackers.check(spec.trackers)
+    processes = distributed.start(
+        group=distributed.needs_group(dtype), timeout=watchdog.collective_timeout(spec.hang_timeout_s)
+    )
+    progress, stop = Progress(), Stop(end=lambda: os._exit(PreemptedError.exit_code))
+    with (
+        _settings(spec, processes),
+        # A cluster sends SIGUSR2 before the time limit and SIGTERM when it preempts.
+        listening(stop, signal.SIGTERM, signal.SIGUSR2),
+        faults.memory(lambda: progress.step + 1, spec.micro_batch),
+    ):
+        # Data -----------------------------------------------------------------------------------------
+        tokens = Tokens(store, order.tokens, files=files, shards=shards)
+        rows = indexes.read(store.rows(order.index))
+        steps = batching.run_steps(rows.sizes, spec, arm.order, order.seed)
+        squares = rows.squares(arm.attention)
+        weighting = loss.weighting(arm.loss, rows, indexes.Labels(tokens))
+        tokenizer = load_directory(store.tokenizer(order.tokens))
+        pad_id = tokenizer.pad_token_id or 0
+        arithmetic = _arithmetic(order, store, rows, steps)
+        note(0, len(steps), arithmetic.text())
 
-    # Data ---------------------------------------------------------------------------------------------
-    tokens = Tokens(store, order.tokens, files=files, shards=shards)
-    rows = indexes.read(store.rows(order.index))
-    steps = batching.run_steps(rows.sizes, spec, arm.order, order.seed)
-    weighting = loss.weighting(arm.loss, rows, indexes.Labels(tokens))
-    costs = rows.tokens.astype(float)
-    tokenizer = load_directory(store.tokenizer(order.tokens))
-    pad_id = tokenizer.pad_token_id or 0
+        # Model ----------------------------------------------------------------------------------------
+        trainee, sharded_over = _model(order, store, tokenizer, weighting, processes)
+        # Before any forward pass: after one, a sharded model shows its root's gathered parameters for a while.
+        fused = processes.world == 1 or processes.device.type == "cuda"
+        optimizer = optim.optimizer(trainee, spec, fused=fused)
+        isolation = probe.check(trainee, arm, len(tokenizer))
+        trainee.train()
 
-    # Model --------------------------------------------------------------------------------------------
-    base = store.final(order.base) if order.base else None
-    model = load.load(order.model, base, tokenizer, order.max_length, order.seed)
-    backend = attention.choose(spec.attention_backend, processes.device, torch.float32)
-    trainee = Trainee(model.to(processes.device), backend, spec.head)
-    isolation = probe.isolation(trainee, arm, len(tokenizer)) if arm.layout != "pad" else None
-    model = distributed.shard(model, processes)
-    adamw = optim.optimizer(model, spec, fused=processes.world == 1)
-    model.train()
+        # Resume ---------------------------------------------------------------------------------------
+        checkpoints = Checkpoints(
+            store, order.id, trainee, optimizer, processes, keep=spec.keep_last, background=spec.async_save
+        )
+        found = checkpoints.restore(fallback=fallback, say=lambda remark: note(0, len(steps), remark))
+        if found is not None:
+            progress.step, progress.wall_s, progress.cpu_s = found["step"], found["wall_s"], found["cpu_s"]
+        if processes.is_main:
+            _write_config(order, store)
+            _truncate_metrics(store, order.id, progress.step)
+        processes.barrier()
 
-    # Resume -------------------------------------------------------------------------------------------
-    progress = Progress()
-    if (found := checkpoint.latest(store, order.id)) is not None:
-        progress = Progress(**checkpoint.restore(found, model, adamw, processes))
-    if processes.is_main:
-        _write_config(order, store)
-        _truncate_metrics(store, order.id, progress.step)
-    processes.barrier()
+        # Loop -----------------------------------------------------------------------------------------
+        shape = flops.shape(trainee.model.config.to_dict())
+        costs = step_.costs(order, rows, shape)
+        objective = Objective(order, tokens, rows, weighting, costs, pad_id, processes)
+        meter = _meter(order, trainee, shape, processes)
+        hung = partial(store.fail, "train", order.id)
+        with (
+            _records(order, store, progress.step, processes) as write,
+            watchdog.watching(spec.hang_timeout_s, processes.rank, hung) as alive,
+        ):
+            for step in range(progress.step, len(steps)):
+                started, cpu_started = time.perf_counter(), time.process_time()
+                chosen = steps[step]
+                # Seeded by the step, so that a resumed run drops what an uninterrupted one does.
+                torch.manual_seed(integer(order.seed, "dropout", step) + processes.rank)
+                mean, slots = objective.backward(trainee, chosen)
+                norm = _clip(trainee, spec.clip)
+                if not (math.isfinite(mean) and math.isfinite(norm)):
+                    raise _diverged(step, mean, norm, rows, chosen.tolist(), tokens)
+                lr = optim.lr_at(step, len(steps), arithmetic.lr, spec)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-    # Loop ---------------------------------------------------------------------------------------------
-    autocast = _autocast(order.model.dtype, processes)
-    with _metrics(store, order.id, processes) as write, _termination() as terminated:
-        for step in range(progress.step, len(steps)):
-            started, cpu_started = time.perf_counter(), time.process_time()
-            chosen = steps[step]
-            # Seeded by the step, so that a resumed run drops what an uninterrupted one does.
-            torch.manual_seed(integer(order.seed, "dropout", step) + processes.rank)
-            supervised = int(rows.supervised[chosen].sum())
-            shares = batching.spread(chosen, costs, processes.world, spec.micro_batch)
-            micro_batches = shares[processes.rank]
-            divisor = weighting.divisor(chosen, [own for share in shares for own in share], rows.supervised)
-            slots, total = 0, torch.zeros((), device=processes.device)
-            for number, own in enumerate(micro_batches):
-                batch = collate(tokens, rows, own.tolist(), arm, order.max_length, pad_id, weighting.pieces).to(
-                    processes.device
+                progress.step = step + 1
+                step_s = time.perf_counter() - started
+                progress.wall_s += step_s
+                progress.cpu_s += time.process_time() - cpu_started
+                record = meter.record(
+                    step=step + 1,
+                    loss=mean,
+                    lr=lr,
+                    grad_norm=norm,
+                    rows=len(chosen),
+                    documents=int(rows.documents[chosen].sum()),
+                    tokens=int(rows.tokens[chosen].sum()),
+                    supervised=int(rows.supervised[chosen].sum()),
+                    slots=slots,
+                    squares=int(squares[chosen].sum()),
+                    step_s=step_s,
+                    peak_bytes=_peak_bytes(processes),
                 )
-                distributed.sync_gradients(model, processes, number == len(micro_batches) - 1)
-                with autocast():
-                    summed = trainee(batch) * weighting.scale(own, rows.supervised)
-                # Divided by what the step holds on all ranks, so micro-batches and ranks only split a sum. FSDP
-                # averages gradients over ranks; the factor undoes that.
-                torch.autograd.backward(summed * (processes.world / max(1.0, divisor)))
-                total += summed.detach()
-                slots += batch.num_slots if len(own) else 0
-            mean = float(processes.sum(total)) / max(1.0, divisor)
-            norm = _clip(model, spec.clip)
-            if not (math.isfinite(mean) and math.isfinite(norm)):
-                raise _diverged(step, mean, norm, rows, chosen.tolist(), tokens)
-            lr = optim.lr_at(step, len(steps), spec)
-            for group in adamw.param_groups:
-                group["lr"] = lr
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
+                write(record)
+                note(
+                    step + 1, len(steps), f"loss {mean:.3f}, {record['useful_tokens_per_s']:,.0f} useful tokens/s"
+                )
+                stopping = processes.any(stop.number is not None) and step + 1 < len(steps)
+                if stopping or _is_due(step + 1, len(steps), spec):
+                    epoch, row = batching.position(rows.sizes, sum(map(len, steps[: step + 1])))
+                    spent = {"wall_s": progress.wall_s, "cpu_s": progress.cpu_s}
+                    checkpoints.save(step + 1, {"epoch": epoch, "row": row, **spent})
+                if stopping:
+                    checkpoints.wait()
+                    where = f"stopped at step {step + 1} of {len(steps)}"
+                    raise PreemptedError(where, "run the same command again")
+                alive()
+            checkpoints.wait()
 
-            progress.step = step + 1
-            step_s = time.perf_counter() - started
-            progress.wall_s += step_s
-            progress.cpu_s += time.process_time() - cpu_started
-            kept = int(rows.tokens[chosen].sum())
-            write(
-                {
-                    "step": step + 1,
-                    "loss": mean,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "rows": len(chosen),
-                    "documents": int(rows.documents[chosen].sum()),
-                    "tokens": kept,
-                    "supervised": supervised,
-                    "slots": _all_slots(slots, processes),
-                    "step_s": step_s,
-                    "useful_tokens_per_s": kept / step_s,
-                }
-            )
-            note(step + 1, len(steps), f"loss {mean:.3f}, {kept / step_s:,.0f} useful tokens/s")
-            stopping = processes.any(terminated())
-            if stopping or (spec.save_every and (step + 1) % spec.save_every == 0 and step + 1 < len(steps)):
-                state = {"wall_s": progress.wall_s, "cpu_s": progress.cpu_s}
-                checkpoint.save(store, order.id, step + 1, model, adamw, state, processes)
-                if processes.is_main:
-                    checkpoint.prune(store, order.id, spec.keep_last)
-            if stopping and step + 1 < len(steps):
-                raise PreemptedError(f"stopped at step {step + 1} of {len(steps)}", "run the same command again")
+        # Results --------------------------------------------------------------------------------------
+        validation = _validation_loss(trainee, order, store, tokens, pad_id, processes)
+        _save(trainee, order, store, tokenizer, stop_token_ids, processes)
+        checkpoints.clear()
+        if not processes.is_main:
+            return {}
+        backend = trainee.backend
+        return {
+            **metrics.results(read_jsonl(store.metrics(order.id))),
+            "validation_loss": validation,
+            "cpu_s": progress.cpu_s,
+            "step": arithmetic.model_dump(),
+            "isolation": isolation.record(),
+            "random_weights": order.random_weights,
+            "embedding_rows_added": trainee.model.embedding_rows_added,
+            "attention_backend": {"name": backend.name, "version": backend.version, "why": backend.why},
+            "processes": processes.world,
+            "sharded_over": sharded_over,
+            "threads": torch.get_num_threads() if processes.device.type == "cpu" else None,
+            "device": _device_name(processes),
+            "cores": os.cpu_count(),
+        }
 
-    # Results ------------------------------------------------------------------------------------------
-    validation = _validation_loss(trainee, order, store, tokens, pad_id, processes)
-    weights = checkpoint.full_weights(model)
-    if processes.is_main:
-        with atomic_directory(store.final(order.id)) as directory:
-            load.save(model, weights, tokenizer, stop_token_ids, order.model.dtype, directory)
-        # `final/` holds the weights; the optimizer's state is of no more use.
-        checkpoint.prune(store, order.id, keep=0)
-    processes.barrier()
-    return (
-        _results(order, store, model, rows, progress, isolation, validation, processes)
-        if processes.is_main
-        else {}
+
+def _arithmetic(order: TrainOrder, store: Store, rows: Index, steps: list[Ints]) -> StepArithmetic:
+    prepared = store.manifest("index", order.index)
+    assert prepared is not None  # `stages.train` saw it
+    slots = estimate.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
+    return estimate.step_arithmetic(rows.sizes, slots, steps, order.train)
+
+
+def _model(
+    order: TrainOrder, store: Store, tokenizer: Any, weighting: Weighting, processes: Processes
+) -> tuple[Trainee, int]:
+    """The model on its devices, and how many ranks share each parameter."""
+    spec, base = order.train, store.final(order.base) if order.base else None
+    empty = not processes.is_main  # the others are sent the weights
+    model = load.load(order.model, base, tokenizer, order.max_length, order.seed, lora=spec.lora, empty=empty)
+    head.check(model, spec.head, weighted=weighting.pieces is not None, device=processes.device)
+    computed = getattr(torch, order.model.dtype)
+    backend = attention.choose(
+        spec.attention_backend, processes.device, computed, deterministic=spec.deterministic, config=model.config
+    )
+    trainee = Trainee(model, backend, spec.head)
+    return trainee, distributed.lay_out(trainee, spec, order.model.dtype, order.max_length, processes)
+
+
+def _meter(order: TrainOrder, trainee: Trainee, shape: flops.Shape | None, processes: Processes) -> Meter:
+    trained = sum(parameter.numel() for parameter in trainee.parameters() if parameter.requires_grad)
+    return Meter(
+        shape=shape,
+        device=_device_name(processes),
+        world=processes.world,
+        max_length=order.max_length,
+        trainable=None if order.train.lora is None else trained,
     )
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _device_name(processes: Processes) -> str:
+    """As torch says it, such as `NVIDIA H200`; `cpu`."""
+    return torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "cpu"
 
 
-def _autocast(dtype: str, processes: Processes) -> Callable[[], AbstractContextManager[Any]]:
-    if dtype == "float32":
-        return nullcontext
-    return lambda: torch.autocast(processes.device.type, dtype=getattr(torch, dtype))
+def _peak_bytes(processes: Processes) -> int | None:
+    """Most memory allocated on a GPU so far, of all ranks' the highest."""
+    if processes.device.type != "cuda":
+        return None
+    return processes.most(torch.cuda.max_memory_allocated(processes.device))
+
+
+@contextlib.contextmanager
+def _settings(spec: TrainSpec, processes: Processes) -> Iterator[None]:
+    """Threads for good; determinism while the run lasts: a process may do several."""
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    if not spec.deterministic or processes.device.type != "cuda":
+        yield
+        return
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS makes its handle
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if before is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+
+
+def _is_due(step: int, steps: int, spec: TrainSpec) -> bool:
+    return spec.save_every is not None and step % spec.save_every == 0 and step < steps
 
 
 def _clip(model: Any, limit: float | None) -> float:
@@ -184,45 +277,66 @@ def _clip(model: Any, limit: float | None) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def _diverged(step: int, loss_: float, norm: float, rows: Index, chosen: list[int], tokens: Tokens) -> RunError:
+def _save(
+    trainee: Trainee, order: TrainOrder, store: Store, tokenizer: Any, stops: list[int], processes: Processes
+) -> None:
+    """`final/`, by rank 0; the others hand their shards over, one tensor at a time."""
+
+    def whole() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in trainee.model.state_dict().items():
+            # Adapters are merged in float32; anything else may be rounded before it travels.
+            part = tensor if order.train.lora else tensor.to(getattr(torch, order.model.dtype))
+            yield name, part.full_tensor() if isinstance(part, DTensor) else part
+
+    if processes.is_main:
+        with atomic_directory(store.final(order.id)) as directory:
+            load.save(trainee.model, whole(), tokenizer, stops, order.model.dtype, directory)
+    else:
+        for _ in whole():
+            pass
+    processes.barrier()
+
+
+def _diverged(
+    step: int, loss_: float, norm: float, rows: Index, chosen: list[int], tokens: Tokens
+) -> DivergedError:
     offsets = rows.rows.offsets
     documents = {int(d) for row in chosen for d in rows.rows.document[offsets[row] : offsets[row + 1]]}
     origins = ", ".join(tokens.origin(document) for document in sorted(documents)[:8])
     more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-    return RunError(
+    return DivergedError(
         f"step {step + 1}: loss {loss_}, gradient norm {norm}; no update was made. Documents: {origins}{more}",
         "lower `train.lr`, or look at these documents",
     )
 
 
-def _all_slots(slots: int, processes: Processes) -> int:
-    return int(processes.sum(torch.tensor(slots, device=processes.device))) if processes.world > 1 else slots
+@contextlib.contextmanager
+def _records(
+    order: TrainOrder, store: Store, resume_step: int, processes: Processes
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What appends one JSON line a step and shows it to the trackers; on rank 0, the others write nothing.
 
-
-@contextmanager
-def _metrics(store: Store, train_id: str, processes: Processes) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append one JSON line a step; flushed each time, so a killed run keeps all but a torn last line."""
+    Flushed each time, so a killed run keeps all but a torn last line.
+    """
     if not processes.is_main:
         yield lambda record: None
         return
-    with store.metrics(train_id).open("ab") as file:
+    watched = trackers.open_trackers(
+        order.train.trackers,
+        store.tracker_logs(order.id),
+        run_id=order.id,
+        name=order.id,
+        config=order.model_dump(mode="json"),
+        resume_step=resume_step,
+    )
+    with watched, store.metrics(order.id).open("ab") as file:
 
         def write(record: dict[str, Any]) -> None:
             file.write(json_line(record))
             file.flush()
+            watched.log(record)
 
         yield write
-
-
-@contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
-    """SIGTERM only sets a flag; the loop stops at a step boundary."""
-    seen: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _truncate_metrics(store: Store, train_id: str, step: int) -> None:
@@ -261,51 +375,3 @@ def _validation_loss(
             total += model(batch).double()
     model.train()
     return float(processes.sum(total)) / int(held.supervised.sum())
-
-
-def _results(
-    order: TrainOrder,
-    store: Store,
-    model: Any,
-    rows: Index,
-    progress: Progress,
-    isolation: probe.Isolation | None,
-    validation: float | None,
-    processes: Processes,
-) -> dict[str, Any]:
-    records = read_jsonl(store.metrics(order.id))
-    tail = records[-max(1, len(records) // 10) :]
-    total = {key: sum(record[key] for record in records) for key in ("tokens", "slots", "supervised", "documents")}
-    final = sum(r["loss"] * r["supervised"] for r in tail) / max(1, sum(r["supervised"] for r in tail))
-    return {
-        "steps": len(records),
-        **total,
-        "final_loss": final,
-        "validation_loss": validation,
-        "wall_s": progress.wall_s,
-        "cpu_s": progress.cpu_s,
-        "useful_tokens_per_s": total["tokens"] / progress.wall_s if progress.wall_s else None,
-        "padded_tokens_per_s": total["slots"] / progress.wall_s if progress.wall_s else None,
-        "mfu": _mfu(model, rows, total, progress.wall_s, processes),
-        "isolation": isolation.record() if isolation else None,
-        "random_weights": order.random_weights,
-        "processes": processes.world,
-        "threads": torch.get_num_threads() if processes.device.type == "cpu" else None,
-        "device": processes.device.type,
-        "cores": os.cpu_count(),
-    }
-
-
-def _mfu(model: Any, rows: Index, total: dict[str, int], wall_s: float, processes: Processes) -> float | None:
-    """Model FLOPs of useful tokens over the devices' dense bf16 peak; None where the peak is not known."""
-    if processes.device.type != "cuda" or not wall_s:
-        return None
-    peak, shape = flops.peak(torch.cuda.get_device_name(processes.device)), flops.shape(model.config.to_dict())
-    if peak is None or shape is None:
-        return None
-    # Pieces, not rows, also for causal packs: attention between documents is not useful work. Scaled from one
-    # epoch to the run.
-    lengths = rows.rows.stop - rows.rows.start
-    squares = int((lengths**2).sum() * (total["tokens"] / rows.tokens.sum()))
-    count = flops.training(shape, tokens=total["tokens"], squares=squares, supervised=total["supervised"])
-    return count / (wall_s * peak * processes.world)

@@ -1,0 +1,54 @@
+"""Failures of the machine, told apart from bugs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from packcli.errors import OutOfMemoryError, PeerError
+
+_CPU_ALLOCATOR = "can't allocate memory"  # torch's own, which raises a bare RuntimeError
+
+
+@contextlib.contextmanager
+def memory(step: Callable[[], int], micro_batch: int) -> Iterator[None]:
+    """Around the steps; `step` says which one is being done, counted from 1.
+
+    Raises:
+        OutOfMemoryError: in place of torch's or Python's, saying what to change. One rank alone may raise it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        detail = " ".join(str(error).split())
+        raise OutOfMemoryError(
+            f"step {step()}: out of memory with micro_batch {micro_batch}"
+            + (f": {detail[:200]}" if detail else ""),
+            "lower `train.micro_batch`, or set `train.checkpointing: full`; either changes no result "
+            "(but the cut of `loss: micro_batch`)",
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Around what talks to other ranks.
+
+    Raises:
+        PeerError: in place of what torch raises when one of them is gone (gloo a bare RuntimeError).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        cause = f"lost another rank: {' '.join(str(error).split())[:200]}"
+        raise PeerError(cause, "the rank that ended first says why; run the same command again") from error

@@ -1,0 +1,226 @@
+"""Checkpoints: whole or ignored, verified before they are read, and never the last good one deleted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import Data, stop_after
+
+from packcli import stages
+from packcli.errors import IntegrityError, MissingError
+from packcli.files import read_json, read_jsonl
+from packcli.plan import TrainOrder
+from packcli.store import MANIFEST, verify
+from packcli.train import checkpoint, loop
+
+
+def interrupted(data: Data, id_: str, step: int, **settings: Any) -> TrainOrder:
+    """A run that was killed after `step`."""
+    order = data.train_order("best_fit", id_, **settings)
+    note = stop_after(step)
+    with pytest.raises(note.error):  # type: ignore[attr-defined]
+        stages.train(order, data.store, note)
+    return order
+
+
+def steps(data: Data, id_: str) -> list[int]:
+    return [step for step, _ in data.store.checkpoints(id_)]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def losses(data: Data, id_: str) -> list[float]:
+    return [record["loss"] for record in read_jsonl(data.store.metrics(id_))]
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at_once", "in_the_background"])
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tiny: Data, background: bool) -> None:
+    whole = tiny.train_order("best_fit", f"whole-{background}")
+    stages.train(whole, tiny.store)
+    order = interrupted(tiny, f"cut-{background}", 5, save_every=2, async_save=background)
+    assert 4 in steps(tiny, order.id) or background  # the last one may still have been in the making
+    stages.train(order, tiny.store)
+    assert losses(tiny, order.id) == losses(tiny, whole.id)
+
+
+def test_a_checkpoint_says_where_it_stands_and_whose_it_is(tiny: Data) -> None:
+    order = interrupted(tiny, "position", 5, save_every=2)
+    path = tiny.store.checkpoint(order.id, 4)
+    assert verify(path) >= 3
+    assert read_json(path / MANIFEST)["train"] == order.id
+    progress = read_json(tiny.store.progress(path))
+    assert (progress["step"], progress["epoch"]) == (4, 0)
+    assert progress["row"] == 4 * order.train.global_batch
+
+
+def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_left_out(tiny: Data) -> None:
+    order = interrupted(tiny, "unfinished", 5, save_every=2)
+    half = tiny.store.checkpoint(order.id, 6)
+    shutil.copytree(tiny.store.checkpoint(order.id, 4), half)
+    (half / MANIFEST).unlink()
+    said: list[str] = []
+    stages.train(order, tiny.store, lambda done, total, remark: said.append(remark))
+    assert any("checkpoint-6 was not finished" in remark for remark in said)
+    assert losses(tiny, order.id)[4:]
+    assert len(losses(tiny, order.id)) == 8
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
+def test_case_22_a_damaged_checkpoint_is_refused_and_the_one_before_taken_only_when_asked(
+    tiny: Data, damage: str
+) -> None:
+    whole = tiny.train_order("best_fit", f"undamaged-{damage}")
+    stages.train(whole, tiny.store)
+    order = interrupted(tiny, f"damaged-{damage}", 5, save_every=2, keep_last=2)
+    shard = next(tiny.store.checkpoint(order.id, 4).glob("*.distcp"))
+    match damage:
+        case "flipped":
+            flip(shard)
+        case "short":
+            shard.write_bytes(shard.read_bytes()[:-1])
+        case "missing":
+            shard.unlink()
+    with pytest.raises(IntegrityError, match=shard.name) as caught:
+        stages.train(order, tiny.store)
+    assert "--allow-fallback" in caught.value.fix
+    said: list[str] = []
+    stages.train(order, tiny.store, lambda done, total, remark: said.append(remark), fallback=True)
+    assert any("going on from the checkpoint before it" in remark for remark in said)
+    assert losses(tiny, order.id) == losses(tiny, whole.id)
+
+
+def test_case_23_the_only_verified_checkpoint_survives_one_that_cannot_be_written(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 30 too: the disk fills while the second checkpoint is written."""
+    order = tiny.train_order("best_fit", "full-disk", save_every=2, keep_last=1)
+    save = checkpoint.dcp.save
+
+    def full(state: Any, *, checkpoint_id: Path, **options: Any) -> Any:
+        if checkpoint_id.name == "checkpoint-4":
+            checkpoint_id.mkdir()
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(state, checkpoint_id=checkpoint_id, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(MissingError, match="disk is full"):
+        stages.train(order, tiny.store)
+    assert steps(tiny, order.id) == [2]
+    assert verify(tiny.store.checkpoint(order.id, 2))
+    monkeypatch.undo()
+    stages.train(order, tiny.store)
+    assert len(losses(tiny, order.id)) == 8
+
+
+def test_case_30_a_disk_too_small_for_a_checkpoint_is_seen_before_the_first_byte(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", "small-disk", save_every=2)
+    monkeypatch.setattr(type(tiny.store), "free_bytes", lambda self: 1000)
+    with pytest.raises(MissingError, match="1,000 are free"):
+        stages.train(order, tiny.store)
+    assert not steps(tiny, order.id)
+
+
+def test_case_30_an_error_in_the_background_stops_the_training(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", "full-aside", save_every=2, async_save=True)
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(MissingError, match="disk is full"):
+        stages.train(order, tiny.store)
+    assert len(losses(tiny, order.id)) <= 4
+
+
+def test_case_25_a_checkpoint_of_another_training_is_never_taken_for_ones_own(tiny: Data) -> None:
+    """A changed setting is another id, so its own directory; what is copied there by hand is refused."""
+    order = interrupted(tiny, "with-one-lr", 5, save_every=4)
+    other = tiny.train_order("best_fit", "with-another-lr", lr=0.5)
+    shutil.copytree(tiny.store.checkpoint(order.id, 4), tiny.store.checkpoint(other.id, 4))
+    with pytest.raises(IntegrityError, match="another training"):
+        stages.train(other, tiny.store)
+
+
+def test_case_31_checkpoints_are_named_by_step_whatever_the_clock_says(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(loop.time, "time", lambda: float(next(clock)))
+    order = interrupted(tiny, "clock", 7, save_every=2, keep_last=3)
+    assert steps(tiny, order.id) == [6, 4, 2]
+
+
+def test_case_18_no_checkpoint_is_saved_from_a_diverged_state(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = tiny.train_order("best_fit", "diverged", save_every=1, keep_last=9)
+    backward = loop.Objective.backward
+
+    def diverging(self: Any, trainee: Any, chosen: Any) -> tuple[float, int]:
+        mean, slots = backward(self, trainee, chosen)
+        return (float("nan") if (tiny.store.checkpoint("diverged", 3)).exists() else mean), slots
+
+    monkeypatch.setattr(loop.Objective, "backward", diverging)
+    with pytest.raises(Exception, match="step 4: loss nan"):
+        stages.train(order, tiny.store)
+    assert steps(tiny, order.id) == [3, 2, 1]
+    failure = json.loads(tiny.store.failure_file("train", order.id).read_text())
+    assert "no update was made" in failure["cause"]
+    assert "Documents:" in failure["cause"]
+
+
+def test_a_damaged_pickle_in_a_checkpoint_is_never_opened(tiny: Data) -> None:
+    """DCP unpickles `.metadata`: a changed one must be refused before that."""
+    order = interrupted(tiny, "pickle", 5, save_every=4)
+    metadata = tiny.store.checkpoint(order.id, 4) / ".metadata"
+    canary = Path(metadata.parent.parent) / "canary"
+    metadata.write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
+    with pytest.raises(IntegrityError, match="metadata"):
+        stages.train(order, tiny.store)
+    assert not canary.exists()
+
+
+def test_bfloat16_moments_are_right_on_average_where_rounding_to_nearest_stands_still() -> None:
+    from packcli.train.optim import stochastic
+
+    torch.manual_seed(0)
+    value = torch.full((200_000,), 1.0 + 2**-10)  # an eighth of the way to the next bfloat16
+    assert torch.equal(value.to(torch.bfloat16).float(), torch.ones_like(value))
+    rounded = stochastic(value).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(rounded.mean()) == pytest.approx(1.0 + 2**-10, abs=5e-5)
+    assert float(stochastic(-value).float().mean()) == pytest.approx(-1.0 - 2**-10, abs=5e-5)
+
+
+def test_lean_adamw_follows_adamw() -> None:
+    from packcli.config import TrainSpec
+    from packcli.train.optim import optimizer
+
+    torch.manual_seed(0)
+    target, start = torch.randn(64, 64), torch.randn(64, 64)
+    ends = {}
+    for state in ("float32", "bfloat16"):
+        spec = TrainSpec(steps=1, lr=1e-2, global_batch=1, weight_decay=0.01, optimizer_state=state)
+        module = torch.nn.Linear(64, 64, bias=False)
+        module.weight.data = start.clone()
+        adamw = optimizer(module, spec, fused=False)
+        for _ in range(200):
+            ((module.weight - target) ** 2).mean().backward()
+            adamw.step()
+            adamw.zero_grad()
+        ends[state] = float(((module.weight.detach() - target) ** 2).mean())
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.1)
+    assert ends["float32"] < 0.5  # from 2

@@ -1,0 +1,156 @@
+"""Pictures of sweeps whose manifests and logs are written by hand: what they say is read back from the SVG."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_report import SWEEP, Sweep
+
+from packcli.errors import ConfigError, IntegrityError
+from packcli.files import json_line
+from packcli.report import figures
+
+MORE = """
+name: many
+model: {config: {model_type: llama}, tokenizer: train, vocab_size: 300}
+data: {source: tiny, max_length: 64}
+train: {epochs: 1, lr: 1e-3, global_batch: 8}
+matrix:
+  data.source: [tiny, $x^2$.jsonl]
+  arm: [padding, mine, _hidden]
+  seed: [1]
+arms: {mine: {extends: best_fit}, _hidden: {extends: best_fit, loss: document}}
+"""
+
+
+def write_log(sweep: Sweep, train: str, losses: list[float], tokens: int = 100) -> None:
+    path = sweep.store.metrics(train)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": step + 1, "loss": loss, "tokens": tokens} for step, loss in enumerate(losses)]
+    path.write_bytes(b"".join(map(json_line, lines)))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Callable[..., Sweep]:
+    """Every cell trained: padding in 30 s and 40 steps, other arms in 10 s and 20 steps, half the slots."""
+
+    def build(text: str = SWEEP, **results: Any) -> Sweep:
+        sweep = Sweep(text, tmp_path)
+        for cell in sweep.plan.cells:
+            padded = cell.labels["arm"] == "padding"
+            seconds, steps = (30.0, 40) if padded else (10.0, 20)
+            made = {"steps": steps, "slots": 6400 if padded else 3200, "cpu_s": seconds, "wall_s": seconds}
+            sweep.trained(cell, **made | results)
+            losses = [float(cell.labels["seed"]) + 4.0 / (step + 1) for step in range(steps)]
+            write_log(sweep, cell.train, losses)
+        return sweep
+
+    return build
+
+
+def texts(file: Path) -> list[str]:
+    """What an SVG says, in the order it is drawn."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", file.read_text())
+
+
+def test_picture_differs_from_run_to_run(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = finished()
+    first = figures.draw(sweep.report(), sweep.store, tmp_path / "a")
+    second = figures.draw(sweep.report(), sweep.store, tmp_path / "b")
+    names = [f"{name}.{suffix}" for name in ("loss", "throughput", "speedup") for suffix in ("svg", "png")]
+    assert [path.name for path in first] == names
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_axis_lacks_its_name_or_unit(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = finished()
+    figures.draw(sweep.report(), sweep.store, tmp_path)
+    loss, rates, why = (texts(tmp_path / f"{name}.svg") for name in ("loss", "throughput", "speedup"))
+    for word in ("optimizer steps", "useful tokens", "loss, nats per supervised token", "padding", "best_fit"):
+        assert word in loss
+    assert any("mean over 1/50 of its steps" in text for text in loss)
+    for word in ("tokens per second", "useful: tokens of documents", "padded: all slots", "30.0 s", "10.0 s"):
+        assert word in rates
+    assert any("cpu (1 process, 1 thread)" in text for text in rates)
+    # 3 times the time in twice the steps and slots; the ledger of both arms has as many rows.
+    for word in ("padding / arm", "fewer rows", "fewer steps", "fewer slots", "less CPU time", "1", "2", "3"):
+        assert word in why
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_random_weights_go_unlabelled(finished: Callable[..., Sweep], tmp_path: Path, random: bool) -> None:
+    sweep = finished(random_weights=random)
+    for path in figures.draw(sweep.report(), sweep.store, tmp_path):
+        if path.suffix == ".svg":
+            assert any("from random weights" in text for text in texts(path)) == random
+
+
+def test_arm_is_left_out_of_a_legend_or_setting_of_a_picture(
+    finished: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    sweep = finished(MORE)
+    figures.draw(sweep.report(), sweep.store, tmp_path)
+    shown = [text.strip() for text in texts(tmp_path / "loss.svg")]
+    for word in ("padding", "mine", "_hidden", "data.source=tiny", "data.source=$x^2$.jsonl"):
+        assert word in shown, word
+
+
+def test_cell_that_is_not_done_is_drawn(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = finished()
+    for seed in ("1", "2", "3"):
+        sweep.store.manifest_file("train", sweep.cell(arm="best_fit", seed=seed).train).unlink()
+    written = figures.draw(sweep.report(), sweep.store, tmp_path)
+    assert {path.stem for path in written} == {"loss", "throughput"}  # nothing to compare is left
+    assert "best_fit" not in texts(tmp_path / "loss.svg")
+
+
+def test_median_goes_beyond_the_shortest_seed() -> None:
+    def curve(steps: int, loss: float) -> figures.Curve:
+        x = np.arange(1.0, steps + 1)
+        return x, loss + 0 * x
+
+    x, loss = figures.median([curve(40, 1.0), curve(30, 2.0), curve(50, 9.0)])
+    assert (x[0], x[-1]) == (1.0, 30.0)
+    assert set(loss) == {2.0}
+
+
+def test_nothing_to_draw_is_an_empty_picture(tmp_path: Path) -> None:
+    sweep = Sweep(SWEEP, tmp_path)
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 1}\n', b"[]\n"])
+def test_damaged_log_is_a_bug(finished: Callable[..., Sweep], tmp_path: Path, content: bytes) -> None:
+    sweep = finished()
+    sweep.store.metrics(sweep.plan.cells[0].train).write_bytes(content)
+    with pytest.raises(IntegrityError, match="not the log of a training"):
+        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+
+
+def test_missing_matplotlib_is_a_traceback(
+    finished: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = finished()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="matplotlib") as error:
+        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+    assert error.value.fix == "pip install 'packcli[plot]'"
+
+
+def test_command_prints_the_paths_among_its_results(
+    tiny_sweep: Callable[..., Path], run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tiny_sweep(arms=["padding"])
+    done = run_cli("report", path, "--figures", "pictures", "--json", cwd=tmp_path)
+    assert done.code == 2
+    assert "nothing to draw" in done.stderr
+    assert done.json()["sweep"] == "tiny_test"
