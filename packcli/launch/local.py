@@ -15,7 +15,8 @@ from typing import Any
 
 import orjson
 
-from packcli import log
+from packcli import log, stages
+from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
 from packcli.launch import ranks
 from packcli.launch.ranks import Group
@@ -69,6 +70,7 @@ class _Run:
     total: int
     group: Group
     fallback: bool
+    explained: set[str] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -91,9 +93,9 @@ def run(
         PreemptedError: SIGTERM or SIGUSR2, likewise.
         MissingError: more processes than GPUs.
     """
-    stages = closure(plan, targets)
-    done = {stage for stage in stages if store.state(*stage) == "done"}
-    jobs = _jobs(plan, [stage for stage in stages if stage not in done])
+    wanted = closure(plan, targets)
+    done = {stage for stage in wanted if store.state(*stage) == "done"}
+    jobs = _jobs(plan, [stage for stage in wanted if stage not in done])
     if not jobs:
         return []
     store.check(writable=True)
@@ -106,7 +108,7 @@ def run(
     # Two on one GPU share its memory and spoil each other's times.
     count, threads = (1, os.cpu_count() or 1) if gpus or each > 1 else _workers(plan, jobs)
     log.logger.info(
-        "%d of %d stages to do, %d at a time, on %d cores", state.total, len(stages), count, os.cpu_count() or 1
+        "%d of %d stages to do, %d at a time, on %d cores", state.total, len(wanted), count, os.cpu_count() or 1
     )
     with _terminable(), _pool(store, plan.name, count, threads, grace_s) as workers:
         _schedule(state, workers)
@@ -291,14 +293,26 @@ def _cost(state: _Run, job: _Job) -> float:
 def _send(state: _Run, worker: _Worker, job: _Job) -> None:
     orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
     request: dict[str, Any] = {"kind": job.kind, "ids": job.ids, "orders": orders, "fallback": state.fallback}
-    if job.kind == "train" and state.group.processes > 1:
-        request["group"] = asdict(state.group)
+    if job.kind == "train":
+        _explain(state, job)
+        if state.group.processes > 1:
+            request["group"] = asdict(state.group)
     worker.job, worker.note = job, {}
     assert worker.process.stdin is not None
     # A worker that died takes no request; the scheduler sees its pipe close and replaces it.
     with contextlib.suppress(BrokenPipeError):
         worker.process.stdin.write(orjson.dumps(request, option=orjson.OPT_APPEND_NEWLINE))
         worker.process.stdin.flush()
+
+
+def _explain(state: _Run, job: _Job) -> None:
+    """Say what a step of this training holds, and the learning rate that follows: once for all its seeds."""
+    order = state.plan.trains[job.ids[0]]
+    same = order.model_copy(update={"id": "", "index": "", "seed": 0}).model_dump_json()
+    step = stages.costs(order, state.store, EstimateSpec()).step if same not in state.explained else None
+    state.explained.add(same)
+    if step is not None:
+        log.logger.info("%s: %s", job.name, step.text())
 
 
 def _receive(worker: _Worker) -> list[dict[str, Any]]:
