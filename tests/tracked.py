@@ -61,7 +61,7 @@ def main() -> None:
     config._attn_implementation = "causal"
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainee = Trainee(LlamaForCausalLM(config), attention.choose("sdpa", CPU, torch.float32))
-        distributed.lay_out(trainee, spec, "bfloat16", processes)
+        distributed.lay_out(trainee, spec, "bfloat16", slots, processes)
         trainee.train()
         every = torch.arange(slots)
         batch = Batch(every[None], every[None], (slots,), predict=every, labels=every)

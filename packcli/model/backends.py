@@ -126,8 +126,9 @@ def _varlen_accepts() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-VARLEN_ACCEPTS = _varlen_accepts()
-"""Parameters of torch's `varlen_attn`; empty where this torch has none."""
+# Asked for once, as compiled code may not ask; and not without a GPU, where its import is a second lost.
+VARLEN_ACCEPTS = _varlen_accepts() if torch.cuda.is_available() else frozenset[str]()
+"""Parameters of torch's `varlen_attn`; empty where this torch has none, or no GPU."""
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, options: Options, *, bounds: Tensor, longest: int) -> Tensor:

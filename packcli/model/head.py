@@ -71,7 +71,9 @@ def check(model: Any, kind: Kind, *, weighted: bool, device: torch.device) -> No
     if shaping(model.config).scale != 1.0:
         raise ConfigError("`train.head: liger` cannot scale logits, as this model does", own)
     if missing := [name for name in ("liger_kernel", "triton") if importlib.util.find_spec(name) is None]:
-        raise MissingError(f"`train.head: liger`: no package {' and '.join(missing)}", "pip install liger-kernel")
+        raise MissingError(
+            f"`train.head: liger`: no package {' and '.join(missing)}", "pip install 'packcli[liger]'"
+        )
 
 
 def loss(model: Any, hidden: torch.Tensor, batch: Batch, kind: Kind = "own") -> torch.Tensor:
@@ -140,7 +142,7 @@ def _run(
     size = max(1, min(budget // (weight.shape[0] * precise.itemsize), len(losses)))
     with torch.autocast(hidden.device.type, enabled=False):
         cast = weight.detach().to(inputs.dtype)
-        # One piece of memory for all chunks: on a CPU, fresh pages for each take longer than the softmax.
+        # One piece of memory for all chunks: on a CPU, fresh pages for each make product and softmax slower.
         memory = torch.empty(size, len(cast), dtype=inputs.dtype, device=hidden.device)
         for start in range(0, max(1, len(losses)), size):  # without labels one empty chunk: zero gradients
             chunk = slice(start, start + size)

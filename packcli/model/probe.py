@@ -13,8 +13,9 @@ row is one or more documents; which slots may see each other is the arm's to say
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -90,12 +91,13 @@ def check(trainee: Trainee, arm: ArmSpec, vocab_size: int) -> Isolation:
     training = trainee.training
     trainee.eval()
     try:
-        crosses = _isolation(trainee, arm, sample)
-        with torch.no_grad():
-            dtype = trainee(sample.batch(), "hidden").dtype
-            _head(trainee, arm, sample, half=dtype != torch.float32)
-            attention = _attention(trainee, arm, sample, half=dtype != torch.float32)
-        parity, unpacked, note = _parity(trainee, arm, sample, dtype)
+        with _uncompiled():
+            crosses = _isolation(trainee, arm, sample)
+            with torch.no_grad():
+                dtype = trainee(sample.batch(), "hidden").dtype
+                _head(trainee, arm, sample, half=dtype != torch.float32)
+                attention = _attention(trainee, arm, sample, half=dtype != torch.float32)
+            parity, unpacked, note = _parity(trainee, arm, sample, dtype)
     finally:
         _clear(trainee)
         trainee.train(training)
@@ -114,6 +116,12 @@ def check(trainee: Trainee, arm: ArmSpec, vocab_size: int) -> Isolation:
         routed=_routed(trainee),
         note=note,
     )
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled layers would be compiled anew for shapes that no training has, and dynamo gives up after eight."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 # The sample --------------------------------------------------------------------------------------------------

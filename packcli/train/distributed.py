@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from packcli import flops, memory
 from packcli.config import TrainSpec
+from packcli.errors import ConfigError
 from packcli.memory import Dtype
 from packcli.model.trainee import Trainee
 
@@ -124,7 +125,16 @@ def lay_out(trainee: Trainee, spec: TrainSpec, dtype: Dtype, max_length: int, pr
 
     Masters and gradients stay float32; under bfloat16, FSDP computes with bf16 copies and reduces gradients in
     float32. A micro-batch's gradients are reduced and scattered at once: whole ones of a large model fit nowhere.
+
+    Raises:
+        ConfigError: `compile` with an attention that cannot be compiled.
     """
+    if spec.compile and trainee.backend.name == "sdpa":
+        raise ConfigError(
+            "`train.compile` with attention by SDPA: document lengths are part of it, so each batch would be "
+            "compiled anew",
+            "leave `train.compile` out, or use a backend that a GPU has (docs/training.md)",
+        )
     layers = decoder_layers(trainee.model)
     for layer in layers:
         layer.forward = _forward(layer, spec)
