@@ -40,6 +40,11 @@ def losses(data: Data, id_: str) -> list[float]:
     return [record["loss"] for record in read_jsonl(data.store.metrics(id_))]
 
 
+def counts(data: Data, id_: str) -> list[list[int]]:
+    keys = ("rows", "documents", "tokens", "supervised", "slots")
+    return [[record[key] for key in keys] for record in read_jsonl(data.store.metrics(id_))]
+
+
 def with_loss(order: TrainOrder, loss: str) -> TrainOrder:
     return order.model_copy(update={"arm": order.arm.model_copy(update={"loss": loss})})
 
@@ -79,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_runs_of_one_two_and_four_ranks_have_the_same_losses(tiny: Data, tmp_path: Path) -> None:
+def test_case_24_one_two_and_four_ranks_take_the_same_rows_and_lose_the_same(tiny: Data, tmp_path: Path) -> None:
     """Also with activations recomputed, and with parameters sharded within pretended nodes of two."""
     orders = {}
     for world in (1, 2, 4):
@@ -94,8 +99,9 @@ def test_runs_of_one_two_and_four_ranks_have_the_same_losses(tiny: Data, tmp_pat
         per_node = 2 if world == 4 else 0
         torchrun(tmp_path, world, {"runs": str(tiny.store.root), "train": chosen, "per_node": per_node})
     for (_world, name, arm), order in orders.items():
-        reference = losses(tiny, orders[1, "plain", arm].id)
-        assert losses(tiny, order.id) == pytest.approx(reference, rel=1e-5), (order.id, name)
+        reference = orders[1, "plain", arm].id
+        assert losses(tiny, order.id) == pytest.approx(losses(tiny, reference), rel=1e-5), (order.id, name)
+        assert counts(tiny, order.id) == counts(tiny, reference), order.id
 
 
 def test_bfloat16_trains_alike_on_one_rank_and_two(tiny: Data, tmp_path: Path) -> None:
