@@ -24,6 +24,7 @@ from packcli.store import MANIFEST, FileRecord, Store, check_listed, listed
 from packcli.train.distributed import Processes
 
 Say = Callable[[str], None]
+_LAST_WRITE_S = 60.0
 
 
 class Checkpoints:
@@ -55,6 +56,16 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The training is over, well or not: nobody may find a checkpoint still being written."""
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join(_LAST_WRITE_S)  # it may wait for a rank that is gone
+
     def save(self, step: int, progress: dict[str, Any]) -> None:
         """Write `checkpoint-<step>`; `progress` is kept beside the tensors.
 
@@ -71,7 +82,8 @@ class Checkpoints:
         self._barrier()
         if self._background:
             copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
-            self._thread = threading.Thread(target=self._write_aside, args=(copied, path, step, progress))
+            arguments = (copied, path, step, progress)
+            self._thread = threading.Thread(target=self._write_aside, args=arguments, daemon=True)
             self._thread.start()
         else:
             self._write(state, path, step, progress)

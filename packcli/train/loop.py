@@ -124,6 +124,7 @@ def train(
         meter = _meter(order, trainee, shape, processes)
         hung = partial(store.fail, "train", order.id)
         with (
+            checkpoints,
             _records(order, store, progress.step, processes) as write,
             watchdog.watching(spec.hang_timeout_s, processes.rank, hung) as alive,
         ):
@@ -174,7 +175,6 @@ def train(
                     where = f"stopped at step {step + 1} of {len(steps)}"
                     raise PreemptedError(where, "run the same command again")
                 alive()
-            checkpoints.wait()
 
         # Results --------------------------------------------------------------------------------------
         validation = _validation_loss(trainee, order, store, tokens, pad_id, processes)
@@ -248,7 +248,9 @@ def _peak_bytes(processes: Processes) -> int | None:
 
 @contextlib.contextmanager
 def _settings(spec: TrainSpec, processes: Processes) -> Iterator[None]:
-    """Threads for good; determinism while the run lasts: a process may do several."""
+    """Threads for good; determinism and peak memory while the run lasts: a process may do several."""
+    if processes.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(processes.device)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     if not spec.deterministic or processes.device.type != "cuda":
