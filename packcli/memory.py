@@ -56,7 +56,8 @@ class Memory(Spec):
 
     sharded_over   GPUs that share each parameter.
     moment         when it is fullest; `parts` are those alive then and sum to `total_bytes`.
-    micro_batch    the largest that fits with `SPARE` left; 0: none.
+    micro_batch    the largest that fits with `SPARE` left; 0: none. `limit`: whether memory ends it, or the rows a
+                   GPU has in a step, or our patience.
     remedies       settings that would fit, where these do not.
     """
 
@@ -68,6 +69,7 @@ class Memory(Spec):
     total_bytes: float
     capacity_bytes: float
     micro_batch: int
+    limit: Literal["memory", "step", "not tried"]
     remedies: tuple[str, ...]
 
     @property
@@ -122,7 +124,8 @@ def estimate(shape: Shape, train: TrainSpec, dtype: Dtype, max_length: int, clus
         parts=tuple(parts),
         total_bytes=total,
         capacity_bytes=capacity,
-        micro_batch=_largest_micro_batch(setup, capacity),
+        micro_batch=(largest := _largest_micro_batch(setup, capacity)),
+        limit=_limit(setup, largest),
         remedies=() if total <= (1 - SPARE) * capacity else tuple(_remedies(setup, cluster)),
     )
 
@@ -342,6 +345,12 @@ def _choose(shape: Shape, train: TrainSpec, dtype: Dtype, max_length: int, clust
 def _most_rows(train: TrainSpec, world: int) -> int:
     """Rows a GPU has to itself in a step, as far as the batch's unit says."""
     return math.ceil(train.global_batch / world) if train.batch_unit == "rows" else _MAX_MICRO_BATCH
+
+
+def _limit(setup: Setup, largest: int) -> Literal["memory", "step", "not tried"]:
+    if largest < _most_rows(setup.train, setup.world):
+        return "memory"
+    return "step" if setup.train.batch_unit == "rows" else "not tried"
 
 
 def _largest_micro_batch(setup: Setup, capacity: float) -> int:

@@ -41,7 +41,7 @@ from packcli.plan import (
     needed,
     plan,
 )
-from packcli.store import Manifest, Store
+from packcli.store import Manifest, Store, verify
 
 if TYPE_CHECKING:
     from packcli.eval.harness import Harness
@@ -196,6 +196,7 @@ def train(order: TrainOrder, store: Store, note: Note = silent, *, fallback: boo
     _upstream(store, "index", order.index)
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
+        verify(store.final(order.base))
     from packcli.train import distributed, faults, loop
 
     def work() -> dict[str, Any]:
@@ -260,6 +261,7 @@ def evaluate(
     if checkpoint is None:
         _upstream(store, "train", todo[0].train)
         checkpoint = store.final(todo[0].train)
+        verify(checkpoint)  # a flipped bit loads silently, and would be scored
     results = _Scores(harness, checkpoint)
     for number, order in enumerate(todo):
         note(number, len(todo), order.task)

@@ -203,6 +203,12 @@ class Store:
             except PackcliError as error:
                 self.fail(kind, id_, error)
                 raise
+            except Exception as error:
+                bug = PackcliError(
+                    f"bug: {type(error).__name__}", "see the sweep's worker-*.log; please report it"
+                )
+                self.fail(kind, id_, bug)
+                raise
 
     def fail(self, kind: Kind, id_: str, error: PackcliError) -> None:
         """Leave `failure.json`: also for a writer that was killed, or hangs, and cannot leave its own."""

@@ -13,9 +13,10 @@ import torch
 from training import Data, stop_after
 
 from packcli import stages
+from packcli.config import EvalSpec
 from packcli.errors import IntegrityError, MissingError
 from packcli.files import read_json, read_jsonl
-from packcli.plan import TrainOrder
+from packcli.plan import EvalOrder, TrainOrder
 from packcli.store import MANIFEST, verify
 from packcli.train import checkpoint, loop
 
@@ -63,21 +64,24 @@ def test_a_checkpoint_says_where_it_stands_and_whose_it_is(tiny: Data) -> None:
     assert progress["row"] == 4 * order.train.global_batch
 
 
-def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_left_out(tiny: Data) -> None:
+def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_left_out(
+    tiny: Data, caplog: pytest.LogCaptureFixture
+) -> None:
     order = interrupted(tiny, "unfinished", 5, save_every=2)
     half = tiny.store.checkpoint(order.id, 6)
     shutil.copytree(tiny.store.checkpoint(order.id, 4), half)
     (half / MANIFEST).unlink()
-    said: list[str] = []
-    stages.train(order, tiny.store, lambda done, total, remark: said.append(remark))
-    assert any("checkpoint-6 was not finished" in remark for remark in said)
+    with caplog.at_level("INFO", "packcli"):
+        stages.train(order, tiny.store)
+    assert "checkpoint-6 was not finished" in caplog.text
+    assert "goes on from step 4 of 8" in caplog.text
     assert losses(tiny, order.id)[4:]
     assert len(losses(tiny, order.id)) == 8
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
 def test_case_22_a_damaged_checkpoint_is_refused_and_the_one_before_taken_only_when_asked(
-    tiny: Data, damage: str
+    tiny: Data, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = tiny.train_order("best_fit", f"undamaged-{damage}")
     stages.train(whole, tiny.store)
@@ -93,9 +97,11 @@ def test_case_22_a_damaged_checkpoint_is_refused_and_the_one_before_taken_only_w
     with pytest.raises(IntegrityError, match=shard.name) as caught:
         stages.train(order, tiny.store)
     assert "--allow-fallback" in caught.value.fix
-    said: list[str] = []
-    stages.train(order, tiny.store, lambda done, total, remark: said.append(remark), fallback=True)
-    assert any("going on from the checkpoint before it" in remark for remark in said)
+    with caplog.at_level("INFO", "packcli"):
+        stages.train(order, tiny.store, fallback=True)
+    assert f"{shard.name}: " in caplog.text
+    assert "going on from the checkpoint before it" in caplog.text
+    assert "goes on from step 2 of 8" in caplog.text
     assert losses(tiny, order.id) == losses(tiny, whole.id)
 
 
@@ -191,6 +197,19 @@ def test_a_damaged_pickle_in_a_checkpoint_is_never_opened(tiny: Data) -> None:
     with pytest.raises(IntegrityError, match="metadata"):
         stages.train(order, tiny.store)
     assert not canary.exists()
+
+
+def test_a_model_whose_bytes_changed_is_neither_scored_nor_trained_on(tiny: Data) -> None:
+    order = tiny.train_order("best_fit", "rotten", steps=2)
+    stages.train(order, tiny.store)
+    weights = tiny.store.final(order.id) / "model.safetensors"
+    flip(weights)
+    scoring = EvalOrder(id="rotten-score", train=order.id, task="tiny_copy", eval=EvalSpec(tasks=("tiny_copy",)))
+    with pytest.raises(IntegrityError, match=weights.name):
+        next(stages.evaluate([scoring], tiny.store, None))  # type: ignore[arg-type]
+    on_top = tiny.train_order("best_fit", "on-rotten").model_copy(update={"base": order.id})
+    with pytest.raises(IntegrityError, match=weights.name):
+        stages.train(on_top, tiny.store)
 
 
 def test_bfloat16_moments_are_right_on_average_where_rounding_to_nearest_stands_still() -> None:

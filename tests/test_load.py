@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from packcli.config import LoraSpec, ModelSpec
 from packcli.errors import ConfigError
-from packcli.model import attention, load
+from packcli.model import attention, configs, load
 from packcli.model.collate import Batch
 from packcli.model.trainee import Trainee
 
@@ -302,3 +302,24 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load"):
         load.load(ModelSpec(name=str(tmp_path)), None, tokenizer(), 64, 0)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"num_attention_heads": 6, "hidden_size": 96, "num_key_value_heads": 4},
+            "cannot share 4 key-value heads",
+        ),
+        (
+            {"hiden_size": 60, "heads": 7},
+            r"`model.config.hiden_size`, did you mean `hidden_size`.*`model.config.heads`",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_config_that_fails_in_the_first_forward_pass_is_refused_before(
+    kind: str, changed: dict[str, int], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configs.build({"model_type": kind, **changed})

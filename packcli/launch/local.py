@@ -241,6 +241,9 @@ def _schedule(state: _Run, workers: list[_Worker]) -> None:
                     if message["event"] == "note":
                         worker.note = message
                         continue
+                    if message["event"] == "say":
+                        log.logger.info("%s%s", f"{ended.name}: " if ended else "", message["text"])
+                        continue
                     assert ended is not None
                     finished += len(ended.ids)
                     _end(state, ended, message["failures"])
@@ -254,7 +257,7 @@ def _schedule(state: _Run, workers: list[_Worker]) -> None:
                 display.update(lines[id(worker)], **_line(worker))
             if display.disable and time.monotonic() - last_line > _QUIET_LINE_S:
                 last_line = time.monotonic()
-                busy = "; ".join(str(_line(worker)["description"]) for worker in workers if worker.job)
+                busy = "; ".join(_in_words(_line(worker)) for worker in workers if worker.job)
                 log.logger.info("%d of %d stages done; %s", finished, state.total, busy)
 
 
@@ -268,6 +271,12 @@ def _line(worker: _Worker) -> dict[str, Any]:
         "total": note.get("total") or None,
         "note": log.plain(note.get("remark", "")),
     }
+
+
+def _in_words(line: dict[str, Any]) -> str:
+    """The same for a log, where there is no display."""
+    place = f", {line['completed']} of {line['total']}" if line["total"] else ""
+    return f"{line['description'].strip()}{place}" + (f", {line['note']}" if line["note"] else "")
 
 
 def _next(state: _Run) -> _Job | None:

@@ -225,6 +225,10 @@ def _listen(rank: _Rank, note: Note) -> bool:
             if rank.number == 0:
                 note(message["done"], message["total"], message["remark"])
             continue
+        if message["event"] == "say":
+            if rank.number == 0:
+                log.logger.info("%s", message["text"])
+            continue
         rank.ended = True
         for item in message["failures"]:
             rank.failure = of_kind(item["kind"], item["cause"], item["fix"])

@@ -6,16 +6,18 @@ worker's log. It dies with its parent, whatever kills that. Each rank of a train
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from packcli import stages
+from packcli import log, stages
 from packcli.errors import PackcliError
 from packcli.launch import ranks
 from packcli.plan import EvalOrder, IndexOrder, TokensOrder, TrainOrder
@@ -39,6 +41,8 @@ class Worker:
         self._last_note = 0.0
 
     def serve(self) -> None:
+        log.logger.addHandler(_Saying(self._send))
+        log.logger.setLevel(logging.INFO)
         for line in sys.stdin.buffer:
             self._do(orjson.loads(line))
 
@@ -85,6 +89,17 @@ class Worker:
 
     def _send(self, message: dict[str, Any]) -> None:
         os.write(self._answers, orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE))
+
+
+class _Saying(logging.Handler):
+    """Hands packcli's messages to whoever started this."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send({"event": "say", "text": record.getMessage()})
 
 
 def _failure(id_: str, error: PackcliError) -> dict[str, Any]:

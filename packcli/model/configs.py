@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from packcli.errors import ConfigError
@@ -35,18 +35,39 @@ def build(config: Mapping[str, Any], **tokens: int | None) -> Any:
     try:
         known = AutoConfig.for_model(name)
         keys = {*known.to_dict(), *known.attribute_map, *_EARLIER_NAMES}
-        for key in fields:
-            if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1)
-                raise ConfigError(
-                    f"unknown key `model.config.{key}`" + (f"; did you mean `{near[0]}`?" if near else ""), _SEE
-                )
+        if unknown := [_unknown(key, keys) for key in fields if key not in keys]:
+            raise ConfigError(f"{'; '.join(unknown)} (a `{name}` has none)", _SEE)
         config = AutoConfig.for_model(name, **{**tokens, **fields})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"`model.config` makes no {name} model: {reason}", _SEE) from None
     check_kind(config, "`model.config`")
+    _check_heads(config)
     return config
+
+
+def _unknown(key: str, keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    return f"unknown key `model.config.{key}`" + (f", did you mean `{near[0]}`?" if near else "")
+
+
+def _check_heads(config: Any) -> None:
+    """What transformers leaves to the first forward pass of some models."""
+    hidden, heads, groups = (
+        getattr(config, key, None) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return
+    if groups and heads % groups:
+        raise ConfigError(
+            f"`model.config`: {heads} attention heads cannot share {groups} key-value heads evenly",
+            "make `num_attention_heads` a multiple of `num_key_value_heads`",
+        )
+    if not getattr(config, "head_dim", None) and hidden % heads:
+        raise ConfigError(
+            f"`model.config`: `hidden_size` {hidden} is no multiple of {heads} attention heads",
+            "change one of them, or give `head_dim`",
+        )
 
 
 def check_kind(config: Any, source: str) -> None:

@@ -70,10 +70,11 @@ def _targets(model: Any, spec: LoraSpec) -> list[str]:
     wanted = () if spec.targets == "all-linear" else spec.targets
     for target in wanted:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
+            near = difflib.get_close_matches(target, ends, n=1)
             raise ConfigError(
-                f"`train.lora.targets`: no linear layer between embedding and head is named `{target}`",
-                f"this model has {', '.join(near)}" if near else "this model has none; train it without LoRA",
+                f"`train.lora.targets`: no linear layer between embedding and head is named `{target}`"
+                + (f"; did you mean `{near[0]}`?" if near else ""),
+                f"this model has {', '.join(ends)}" if ends else "this model has none; train it without LoRA",
             )
     if not wanted:
         raise ConfigError(f"`train.lora`: {model.config.model_type} has no linear layers", "train it without LoRA")

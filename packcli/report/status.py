@@ -169,11 +169,22 @@ def _memory(memory: dict[str, Any], names: list[str]) -> RenderableType:
 
 
 def _verdict(memory: dict[str, Any]) -> str:
-    largest = f"the largest `train.micro_batch` with 10% to spare: {memory['micro_batch'] or 'none'}"
     if memory["fits"] == "yes":
-        return f"it fits, with 10% to spare; {largest}"
+        spare = 1 - memory["total_bytes"] / memory["capacity_bytes"]
+        return f"it fits, with {spare:.0%} to spare; {_largest(memory)}"
     words = {"no": "it does not fit", "barely": "it fits, but with less than 10% to spare"}[memory["fits"]]
     return f"[bold]{words}[/bold]; what would: {'; or '.join(memory['remedies']) or 'nothing that was tried'}"
+
+
+def _largest(memory: dict[str, Any]) -> str:
+    count = memory["micro_batch"]
+    match memory["limit"]:
+        case "memory":
+            return f"the largest `train.micro_batch` that leaves 10%: {count}"
+        case "step":
+            return f"`train.micro_batch: {count}` would leave 10% too, and is all a GPU has in a step"
+        case _:
+            return f"so would `train.micro_batch: {count}`; more was not tried"
 
 
 def _named(names: list[str]) -> str:

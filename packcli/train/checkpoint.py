@@ -7,7 +7,6 @@ byte in its tensors loads silently: so nothing is read before every checksum of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from packcli.errors import IntegrityError, MissingError, PackcliError, RunError
 from packcli.files import disk_full, read_json, sha256_file, write_json
+from packcli.log import logger
 from packcli.store import MANIFEST, FileRecord, Store, check_listed, listed
 from packcli.train.distributed import Processes
 
-Say = Callable[[str], None]
 _LAST_WRITE_S = 60.0
 
 
@@ -97,13 +96,13 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def restore(self, *, fallback: bool, say: Say) -> dict[str, Any] | None:
+    def restore(self, *, fallback: bool) -> dict[str, Any] | None:
         """Load the newest finished checkpoint, whatever number of processes wrote it; its progress, None if none.
 
         Raises:
             IntegrityError: a file of it is missing or changed; with `fallback`, the one before is taken instead.
         """
-        for path in self._processes.gather(self._finished(say))[0]:
+        for path in self._processes.gather(self._finished())[0]:
             problem = self._problem(path)
             if problem is None:
                 self._load(path)
@@ -113,7 +112,7 @@ class Checkpoints:
                 fix = f"--allow-fallback goes on from the checkpoint before it, if any; or delete {path}"
                 raise IntegrityError(problem, fix)
             if self._processes.is_main:
-                say(f"{problem}; going on from the checkpoint before it")
+                logger.warning("%s; going on from the checkpoint before it, or from the start", problem)
         return None
 
     def clear(self) -> None:
@@ -167,14 +166,14 @@ class Checkpoints:
             prune(self._store, self._train, self._keep)
         self._barrier()
 
-    def _finished(self, say: Say) -> list[Path]:
+    def _finished(self) -> list[Path]:
         """Newest first; unfinished ones are named and left out."""
         finished = []
         for _, path in self._store.checkpoints(self._train):
             if (path / MANIFEST).exists():
                 finished.append(path)
             elif self._processes.is_main:
-                say(f"{path.name} was not finished: it is left out")
+                logger.warning("%s was not finished: it is left out", path.name)
         return finished
 
     def _problem(self, path: Path) -> str | None:

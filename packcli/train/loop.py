@@ -26,6 +26,7 @@ from packcli.data.tokens import Tokens
 from packcli.errors import DivergedError, PreemptedError
 from packcli.estimate import StepArithmetic
 from packcli.files import atomic_directory, atomic_write, json_line, read_jsonl
+from packcli.log import logger
 from packcli.model import attention, head, load, probe
 from packcli.model.collate import collate
 from packcli.model.trainee import Trainee
@@ -109,10 +110,12 @@ def train(
         checkpoints = Checkpoints(
             store, order.id, trainee, optimizer, processes, keep=spec.keep_last, background=spec.async_save
         )
-        found = checkpoints.restore(fallback=fallback, say=lambda remark: note(0, len(steps), remark))
+        found = checkpoints.restore(fallback=fallback)
         if found is not None:
             progress.step, progress.wall_s, progress.cpu_s = found["step"], found["wall_s"], found["cpu_s"]
         if processes.is_main:
+            if found is not None:
+                logger.info("goes on from step %s of %s", f"{progress.step:,}", f"{len(steps):,}")
             _write_config(order, store)
             _truncate_metrics(store, order.id, progress.step)
         processes.barrier()
