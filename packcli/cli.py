@@ -242,9 +242,9 @@ def train(
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())  # torch's agent starts its workers in sessions of their own
-    if nnodes > 1 and (rdzv_endpoint is None or node_rank >= nnodes):
+    if node_rank >= nnodes or (nnodes > 1 and rdzv_endpoint is None):
         raise ConfigError(
-            "--nnodes needs --rdzv-endpoint, and a --node-rank below it",
+            "several machines need --nnodes, --rdzv-endpoint, and a --node-rank below --nnodes",
             f"on machine K of 0 to {nnodes - 1}: --nnodes {nnodes} --node-rank K --rdzv-endpoint HOST:PORT",
         )
     plan, store = _open(sweep, set_, only, runs)

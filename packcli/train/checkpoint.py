@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packcli.errors import IntegrityError, MissingError, PackcliError, RunError
 from packcli.files import disk_full, read_json, sha256_file, write_json
@@ -64,6 +64,8 @@ class Checkpoints:
             self.wait()
         elif self._thread is not None:
             self._thread.join(_LAST_WRITE_S)  # it may wait for a rank that is gone
+            if self._error is not None:  # what ended the training is raised; this would go unseen
+                logger.warning("the checkpoint being written was not finished: %s", self._error)
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
         """Write `checkpoint-<step>`; `progress` is kept beside the tensors.
@@ -128,9 +130,8 @@ class Checkpoints:
 
     def _check_space(self, state: dict[str, Any], path: Path) -> None:
         """Before the first byte: a half-written checkpoint fills the disk for everybody."""
-        sizes: list[int] = []
-        tree_map_only(torch.Tensor, lambda tensor: sizes.append(_local_bytes(tensor)), state)
-        needed = sum(self._processes.gather(sum(sizes), self._group))
+        # Whole tensors, not the shards here: what replicas hold in common is written once.
+        needed = sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, torch.Tensor))
         free = self._processes.gather(self._store.free_bytes(), self._group)[0]
         if free < needed:
             raise MissingError(
@@ -232,11 +233,6 @@ def _is_of(file: Path, rank: int) -> bool:
 
 def _record(file: Path) -> dict[str, Any]:
     return FileRecord(sha256=sha256_file(file), bytes=file.stat().st_size).model_dump()
-
-
-def _local_bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return int(local.numel() * local.element_size())
 
 
 def _explained(error: OSError | CheckpointException, path: Path) -> Exception:
