@@ -6,7 +6,7 @@ RUNS ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup reproduce test test-slow check clean
+.PHONY: setup reproduce test test-slow test-slurm check clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: setup
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow
+
+# Starts a SLURM of four nodes on this machine; as root it installs what is missing. `-rs`: why tests were skipped.
+test-slurm: setup
+	@$(BIN)/python -m pytest -m slurm -rs
 
 check: setup
 	@$(BIN)/ruff format --check .

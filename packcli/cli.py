@@ -15,10 +15,12 @@ import orjson
 import typer
 
 from packcli import __version__, log
-from packcli.errors import ConfigError, OutOfMemoryError, PackcliError
+from packcli.errors import ConfigError, MissingError, OutOfMemoryError, PackcliError
 from packcli.processes import GRACE_S
 
 if TYPE_CHECKING:
+    from packcli.launch.cluster import View
+    from packcli.launch.profile import Profile
     from packcli.plan import Plan
     from packcli.store import Store
 
@@ -322,9 +324,18 @@ def evaluate(
 @app.command()
 def sweep(
     sweep: SweepFile,
-    on: Annotated[Literal["local"], typer.Option("--on", help="Where to run.")] = "local",
+    on: Annotated[
+        str, typer.Option("--on", metavar="local|PROFILE", help="Where to run: here, or a cluster's profile.")
+    ] = "local",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, states and estimate; do nothing.")
+        bool, typer.Option("--dry-run", help="Print plan, states and estimate, and a cluster's jobs; do nothing.")
+    ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="On a cluster: follow until all has ended. Ctrl-C leaves the jobs alone."),
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="On a cluster: also what is quarantined, or ran out of memory.")
     ] = False,
     nproc_per_node: Processes = None,
     grace: Grace = GRACE_S,
@@ -334,24 +345,24 @@ def sweep(
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Do all that is missing of a sweep, in dependency order, then print the table."""
+    """Do all that is missing of a sweep, in dependency order, then print the table.
+
+    On a cluster: submit all that is missing, and return; the jobs end with the table.
+    """
     from packcli import stages
     from packcli.launch import local
-    from packcli.report import status as statuses
+    from packcli.launch.profile import load as load_profile
 
+    profile = None if on == "local" else load_profile(Path(on))
     plan, store = _open(sweep, set_, only, runs)
-    if dry_run:
-        for problem in stages.preflight(plan, store):
-            log.logger.warning("warning: %s", problem.cause)
-        document = statuses.dry_run(plan, store)
-        if json:
-            _print(document)
-            return
-        for part in (statuses.table(document), *statuses.before_training(document)):
-            _show(part)
-        return
     for problem in stages.preflight(plan, store):
         log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)
+    if dry_run:
+        _dry_run(plan, store, profile, sweep, json)
+        return
+    if profile is not None:
+        _on_cluster(plan, store, profile, sweep, wait=wait, retry=retry, json=json)
+        return
     failures = local.run(
         plan, store, plan.stages(), processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
     )
@@ -359,16 +370,97 @@ def sweep(
     _finish(failures)
 
 
+def _dry_run(plan: Plan, store: Store, profile: Profile | None, sweep: Path, json: bool) -> None:
+    from packcli.report import status as statuses
+
+    document, jobs = statuses.dry_run(plan, store), None
+    if profile is not None:
+        from packcli import stages
+        from packcli.launch import cluster, graph, show
+
+        view = _jobs_there(store)
+        known = cluster.known(plan, store, profile, view, stages.source_bytes(plan))
+        jobs = show.planned(plan, store, profile, graph.graph(plan, profile, known), str(sweep))
+    if json:
+        _print({**document, "jobs": jobs} if jobs else document)
+        return
+    for part in (statuses.table(document), *statuses.before_training(document)):
+        _show(part)
+    if jobs is not None:
+        _show(show.graph_table(jobs))
+        for line in show.scripts(jobs):
+            typer.echo(line)
+
+
+def _jobs_there(store: Store) -> View | None:
+    """This run directory's jobs; None where there never was one, or no SLURM answers: the disk is still there."""
+    from packcli.launch import cluster, slurm
+
+    if not store.arrays():
+        return None
+    try:
+        slurm.require()
+        return cluster.View(store, patient=False)
+    except MissingError as error:
+        log.logger.warning("warning: %s; what is shown is what the disk knows", error.cause)
+        return None
+
+
+def _on_cluster(
+    plan: Plan, store: Store, profile: Profile, sweep: Path, *, wait: bool, retry: bool, json: bool
+) -> None:
+    from packcli import stages
+    from packcli.launch import cluster, show
+
+    outcome = cluster.submit(plan, store, profile, stages.source_bytes(plan), retry=retry)
+    document = show.outcome(outcome, outcome.live)
+    if json and not wait:
+        _print(document)
+    for line in () if json else show.outcome_lines(document, str(sweep)):
+        typer.echo(line, err=wait)
+    if wait:
+        from packcli.launch import follow
+
+        follow.follow(plan, store)
+        _report(plan, store, "json" if json else "table")
+        _finish(cluster.problems(plan, store, cluster.View(store)))
+    _finish(outcome.failures)
+
+
+@app.command()
+def cancel(
+    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+) -> None:
+    """Stop what runs of a sweep, here or on a cluster: only its own processes and jobs."""
+    from packcli.launch import cluster, local, slurm
+
+    plan, store = _open(sweep, set_, only, runs)
+    processes = local.cancel(plan.name, store)
+    jobs = cluster.cancel(plan, store) if slurm.is_here() else []
+    if json:
+        _print({"processes": processes, "jobs": jobs})
+        return
+    for process in processes:
+        typer.echo(f"process {process}: asked to write its checkpoints and stop")
+    typer.echo(f"{len(jobs):,} jobs cancelled" if slurm.is_here() else "no SLURM here, so no jobs")
+
+
 @app.command()
 def status(
     sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
 ) -> None:
-    """Print the state of every cell, from disk."""
+    """Print the state of every cell, from disk and from SLURM, and why what failed did."""
+    from packcli.launch import watch
     from packcli.report import status as statuses
 
     plan, store = _open(sweep, set_, only, runs)
-    document = statuses.collect(plan, store)
-    _print(document) if json else _show(statuses.table(document))
+    document = statuses.collect(plan, store, watch.jobs(plan, store, _jobs_there(store)))
+    if json:
+        _print(document)
+        return
+    _show(statuses.table(document))
+    for line in statuses.failure_lines(document):
+        typer.echo(log.plain(line))
 
 
 @app.command()
@@ -403,6 +495,20 @@ def verify(
     from packcli.store import verify as verify_directory
 
     typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
+
+
+@app.command("fetch")
+def fetch_(
+    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+) -> None:
+    """Download model, data and benchmarks of a sweep, for nodes without internet."""
+    from packcli import fetch
+
+    plan, _ = _open(sweep, set_, only, runs)
+    items = fetch.fetch(plan)
+    document = fetch.document(plan, items)
+    _print(document) if json else _show(fetch.table(document))
+    _finish([item.error for item in items if item.error])
 
 
 def _report(plan: Plan, store: Store, format_: Format) -> None:
@@ -464,7 +570,7 @@ def main() -> None:
         # torchrun's ranks all raise what they share; memory is each one's own.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemoryError):
             _complain(error.cause, error.fix)
-        code = error.exit_code
+        sys.exit(error.exit_code)
     except typer.Abort:
         code = 130
     except _UsageError as error:

@@ -227,6 +227,7 @@ class TrainSpec(Spec):
     optimizer_state    bfloat16: AdamW's two moments at half the memory, rounded stochastically.
     ranks              micro-batches are cut as for so many processes, however many there are. It enters an id only
                        where the cut changes the result: `loss: micro_batch`, `pad_to: longest`.
+    nodes              of a cluster that train it together; unset: as the profile says. No node enters an id.
     attention_backend  auto: flash-attn, else torch's varlen, else flex (all three on a GPU), else sdpa.
     head               how the loss at the labels is computed: own, or liger-kernel's.
     checkpointing      activations kept: all (none), all but element-wise ones (selective), layer inputs (full).
@@ -253,6 +254,7 @@ class TrainSpec(Spec):
 
     micro_batch: PositiveInt = 1
     ranks: PositiveInt = 1
+    nodes: PositiveInt | None = None
     threads: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     keep_last: PositiveInt = 1
@@ -281,6 +283,7 @@ TRAIN_EXECUTION_KEYS = frozenset(
     {
         "micro_batch",
         "ranks",
+        "nodes",
         "threads",
         "save_every",
         "keep_last",

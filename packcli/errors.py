@@ -7,8 +7,9 @@ PackcliError (1: a bug, unless a subclass says otherwise)
  +-- LockedError       5    another process holds this stage
  +-- MissingError      6    the machine lacks something: package, benchmark file, sandbox
  +-- RunError          7    a run failed
- |    +-- DivergedError, OutOfMemoryError, HangError, KilledError, PeerError
+ |    +-- DivergedError, OutOfMemoryError, HangError, KilledError, PeerError, NodeError, QuarantinedError
  +-- PreemptedError   75    stopped at a step boundary; run the same command again
+ +-- LeftError       130    the user looks away from jobs, which go on
 
 A library call raises these; only `cli.py` prints them. Anything else that escapes is a bug.
 """
@@ -86,13 +87,29 @@ class PeerError(RunError):
     kind = "peer"
 
 
+class NodeError(RunError):
+    """A node that does not answer, is far slower than the others, or computes something else."""
+
+    kind = "node"
+
+
+class QuarantinedError(RunError):
+    """A stage that failed as often as its cluster profile allows; only `--retry` tries it again."""
+
+    kind = "quarantined"
+
+
 class PreemptedError(PackcliError):
     exit_code, kind = 75, "preempted"
 
 
+class LeftError(PackcliError):
+    exit_code, kind = 130, "left"
+
+
 _CLASSES = (
     ConfigError, DataError, IntegrityError, LockedError, MissingError, PreemptedError,
-    RunError, DivergedError, OutOfMemoryError, HangError, KilledError, PeerError,
+    RunError, DivergedError, OutOfMemoryError, HangError, KilledError, PeerError, NodeError, QuarantinedError,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from io import BufferedWriter
@@ -20,6 +21,7 @@ import orjson
 from packcli.errors import LockedError, MissingError
 
 _CHUNK_BYTES = 1 << 20
+_LOOKS, _LOOK_S = 4, 0.05
 
 
 def digest(value: object) -> str:
@@ -150,6 +152,18 @@ def read_jsonl(path: Path) -> list[Any]:
     return [orjson.loads(line) for line in lines[:-1] if line]
 
 
+def _take(descriptor: int) -> bool:
+    """Lock a file for oneself; whoever only looks whether it is locked holds it for a moment."""
+    for attempt in range(_LOOKS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_S if attempt + 1 < _LOOKS else 0)
+        else:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def locked(directory: Path, what: str) -> Iterator[None]:
     """Hold `directory` for one writer. The kernel frees the lock when the holder dies.
@@ -159,9 +173,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(file.fileno()):
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "unknown"
             raise LockedError(

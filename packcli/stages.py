@@ -185,10 +185,19 @@ def prepare_index(order: IndexOrder, store: Store) -> Manifest:
         )
 
 
-def train(order: TrainOrder, store: Store, note: Note = silent, *, fallback: bool = False) -> Manifest:
+def train(
+    order: TrainOrder,
+    store: Store,
+    note: Note = silent,
+    *,
+    fallback: bool = False,
+    burn_in: bool = False,
+    nodes: Sequence[str] | None = None,
+) -> Manifest:
     """Row index (and base) -> checkpoint. Under torchrun every rank calls this; rank 0 writes.
 
-    `fallback`: go on from an older checkpoint when the newest is damaged.
+    `fallback`: go on from an older checkpoint when the newest is damaged. `burn_in`: where there are several
+    nodes (`nodes`: their names), see first whether each is sound.
     """
     if manifest := store.manifest("train", order.id):
         return manifest
@@ -197,10 +206,14 @@ def train(order: TrainOrder, store: Store, note: Note = silent, *, fallback: boo
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
         verify(store.final(order.base))
-    from packcli.train import distributed, faults, loop
+    from packcli.train import burnin, distributed, faults, loop
+
+    provenance: dict[str, Any] = {}
 
     def work() -> dict[str, Any]:
         with faults.peers():
+            if burn_in and distributed.world_size() > distributed.per_node():
+                provenance["burn_in"] = burnin.run(order, nodes)
             return loop.train(
                 order,
                 store,
@@ -222,7 +235,7 @@ def train(order: TrainOrder, store: Store, note: Note = silent, *, fallback: boo
                 spec=order.model_dump(mode="json"),
                 inputs={"tokens": order.tokens, "index": order.index, **bases},
                 results={**results, "tokenizer_sha256": tokenizer},
-                provenance={},
+                provenance=provenance,
             )
     else:
         work()
@@ -401,6 +414,13 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
         except PackcliError as error:
             missing[scoring.task] = error
     return list(missing.values())
+
+
+def source_bytes(plan_: Plan) -> dict[str, int]:
+    """Size of the local files of every token store; what is on a hub, or packaged, counts nothing."""
+    from packcli.data import sources
+
+    return {id_: sum(map(sources.local_bytes, order.sources)) for id_, order in plan_.tokens.items()}
 
 
 # Before it runs ----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ State = Literal["pending", "running", "done", "failed"]
 MANIFEST = "manifest.json"
 EXPORT = "packcli.json"
 """Lists the files of an export, which may lie anywhere."""
-LOGS = frozenset({"metrics.jsonl", "trackers"})
+LOGS = frozenset({"metrics.jsonl", "trackers", "job.json"})
 
 
 class FileRecord(Spec):
@@ -59,10 +59,13 @@ class Manifest(Spec):
 
 
 class Store:
-    """The run directory `root` (default `runs/`)."""
+    """The run directory `root` (default `runs/`).
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    `local`: another, on a disk of this machine, whose finished stages are copies of ours, to be read in our stead.
+    """
+
+    def __init__(self, root: Path, local: Path | None = None) -> None:
+        self.root, self.local = root, local
 
     def check(self, *, writable: bool) -> None:
         """Raise `ConfigError` when the run directory cannot be one, or cannot be written."""
@@ -83,14 +86,77 @@ class Store:
     def plan_file(self, name: str) -> Path:
         return self.sweep(name) / "plan.json"
 
-    def worker_log(self, name: str, number: int) -> Path:
-        return self.sweep(name) / f"worker-{number}.log"
+    @staticmethod
+    def worker_log(logs: Path, number: int) -> Path:
+        return logs / f"worker-{number}.log"
+
+    def submissions(self) -> Path:
+        """What was handed to a cluster: a directory for each submission."""
+        return self.root / "slurm"
+
+    def submission(self, id_: str) -> Path:
+        return self.submissions() / id_
+
+    def submitted_plan(self, submission: str) -> Path:
+        """The plan as it was then: jobs need no sweep file and no internet."""
+        return self.submission(submission) / "plan.json"
+
+    def array(self, submission: str, number: int) -> Path:
+        """Script, order and logs of one array of jobs."""
+        return self.submission(submission) / f"array-{number}"
+
+    @staticmethod
+    def order_in(array: Path) -> Path:
+        """What an array is to do, in its directory."""
+        return array / "array.json"
+
+    def array_order(self, submission: str, number: int) -> Path:
+        return self.order_in(self.array(submission, number))
+
+    def workers(self, submission: str, number: int, job: str) -> Path:
+        """Logs of the processes that an element of an array started."""
+        return self.array(submission, number) / f"workers-{job}"
+
+    def array_job(self, submission: str, number: int) -> Path:
+        """The id that the cluster gave an array: written once it was accepted."""
+        return self.array(submission, number) / "job.json"
+
+    def array_script(self, submission: str, number: int) -> Path:
+        return self.array(submission, number) / "submission.sh"
+
+    def arrays(self) -> list[tuple[str, int]]:
+        """(submission, number) of all that were submitted, the oldest first."""
+        found = sorted(self.submissions().glob("*/array-*/array.json"), key=lambda path: path.stat().st_mtime)
+        return [(path.parents[1].name, int(path.parent.name.partition("-")[2])) for path in found]
+
+    def job(self, kind: Kind, id_: str) -> Path:
+        """What a cluster's attempts at a stage came to."""
+        return self.directory(kind, id_) / "job.json"
+
+    def report(self, name: str, suffix: str) -> Path:
+        return self.sweep(name) / f"report.{suffix}"
+
+    def process(self, name: str, number: int) -> Path:
+        """Held by a process that does the sweep."""
+        return self.sweep(name) / f"process-{number}.lock"
+
+    def processes(self, name: str) -> list[tuple[Path, int]]:
+        found = self.sweep(name).glob("process-*.lock")
+        return [(path, int(path.stem.partition("-")[2])) for path in found]
 
     def fingerprints_file(self) -> Path:
         return self.root / "store" / "fingerprints.json"
 
     def directory(self, kind: Kind, id_: str) -> Path:
         return self.root / "store" / kind / id_
+
+    def source(self, kind: Kind, id_: str) -> Path:
+        """Where a stage is read. One that is being made has no manifest yet: it is written to its directory."""
+        if self.local is not None and self.manifest_file(kind, id_).exists():
+            copies = Store(self.local)
+            if copies.manifest_file(kind, id_).exists():
+                return copies.directory(kind, id_)
+        return self.directory(kind, id_)
 
     def manifest_file(self, kind: Kind, id_: str) -> Path:
         return self.directory(kind, id_) / MANIFEST
@@ -99,7 +165,7 @@ class Store:
         return self.directory(kind, id_) / "failure.json"
 
     def tokenizer(self, tokens: str) -> Path:
-        return self.directory("tokens", tokens) / "tokenizer"
+        return self.source("tokens", tokens) / "tokenizer"
 
     @staticmethod
     def tokenizer_record(manifest: Manifest) -> FileRecord:
@@ -107,7 +173,7 @@ class Store:
         return manifest.outputs["tokenizer/tokenizer.json"]
 
     def shard(self, tokens: str, number: int) -> Path:
-        return self.directory("tokens", tokens) / f"shard-{number:05d}.arrow"
+        return self.source("tokens", tokens) / f"shard-{number:05d}.arrow"
 
     def shard_record(self, tokens: str, number: int) -> Path:
         return self.directory("tokens", tokens) / f"shard-{number:05d}.json"
@@ -123,10 +189,10 @@ class Store:
         return self.directory("tokens", tokens) / "rejected.jsonl"
 
     def rows(self, index: str) -> Path:
-        return self.directory("index", index) / "rows.arrow"
+        return self.source("index", index) / "rows.arrow"
 
     def validation(self, index: str) -> Path:
-        return self.directory("index", index) / "validation.arrow"
+        return self.source("index", index) / "validation.arrow"
 
     def config(self, train: str) -> Path:
         return self.directory("train", train) / "config.yaml"
@@ -145,6 +211,11 @@ class Store:
         """Checkpoint directories, newest first, complete or not."""
         found = [(int(path.name.partition("-")[2]), path) for path in self._glob(train, "checkpoint-*")]
         return sorted(found, reverse=True)
+
+    @staticmethod
+    def is_whole(checkpoint: Path) -> bool:
+        """Whether a checkpoint was finished: its manifest comes last."""
+        return (checkpoint / MANIFEST).exists()
 
     def _glob(self, train: str, pattern: str) -> Iterable[Path]:
         paths = self.directory("train", train).glob(pattern)
@@ -169,7 +240,12 @@ class Store:
             return "done"
         if self.failure_file(kind, id_).exists():
             return "failed"
-        return "running" if _is_locked(self.directory(kind, id_) / ".lock") else "pending"
+        return "running" if is_locked(self.directory(kind, id_) / ".lock") else "pending"
+
+    def states(self, stages: Iterable[tuple[Kind, str]]) -> dict[tuple[Kind, str], State]:
+        """Of many at once: what was never begun is in no listing, and costs no look of its own."""
+        begun = {(path.parent.name, path.name) for path in (self.root / "store").glob("*/*")}
+        return {stage: self.state(*stage) if stage in begun else "pending" for stage in stages}
 
     def manifest(self, kind: Kind, id_: str) -> Manifest | None:
         """The manifest of a finished stage, or None.
@@ -252,7 +328,11 @@ class Store:
 
     def check_sizes(self, manifest: Manifest) -> None:
         """Raise `IntegrityError` for a file of a finished stage that is missing or short. Checksums: `verify`."""
-        check_listed(self.directory(manifest.stage, manifest.id), manifest.outputs, checksums=False)
+        directory = self.source(manifest.stage, manifest.id)
+        outputs = manifest.outputs
+        if directory != self.directory(manifest.stage, manifest.id):  # a copy has only what is read of it
+            outputs = listed(directory / MANIFEST, "outputs")
+        check_listed(directory, outputs, checksums=False)
 
     def remove(self, directory: Path) -> None:
         """Delete a directory of ours, nothing outside the run directory."""
@@ -352,10 +432,11 @@ def _varies(key: str) -> bool:
     )
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock. Shared, so that two who ask do not take each other for the holder."""
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:

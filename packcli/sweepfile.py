@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -26,6 +27,8 @@ from packcli.yamlfile import KeyPath, Lines, Problems, parse
 MAX_CELLS = 10_000
 _SECTIONS = ("model", "data", "train", "eval", "estimate")
 _TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseline")
+# A sweep's directory lies beside these.
+_TAKEN = ("store", "slurm")
 # Where pydantic puts the branch of a union into an error's location: no part of a key.
 _UNION_TAGS = frozenset({"constrained-str", "list[str]"})
 
@@ -59,8 +62,9 @@ def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> Swee
     return _select(spec, only)
 
 
+@cache
 def preset(name: str) -> dict[str, Any] | None:
-    """The packaged model block of that name (`tiny`), or None."""
+    """The packaged model block of that name (`tiny`), or None: the same for every cell, not to be changed."""
     if not re.match(NAME_PATTERN, name):
         return None
     file = resources.files("packcli") / "presets" / f"{name}.yaml"
@@ -73,9 +77,7 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
             problems.unknown((str(key),), str(key), _TOP_KEYS)
     if not _shapes_fit(document, problems):
         return None
-    name = document.get("name")
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
-        problems.add(("name",), "`name` is required: letters, digits, `.`, `_`, `-`, at most 64")
+    _check_name(document.get("name"), problems)
     base = {section: dict(document.get(section) or {}) for section in _SECTIONS}
     fixed = _apply_sets(base, document.get("matrix") or {}, sets, problems)
     arms = _arms(document.get("arms") or {}, problems)
@@ -104,11 +106,18 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
         problems.add(("baseline",), f"`baseline: {baseline}` is none of the arms {', '.join(arm_labels)}")
     problems.raise_if_any()
     return SweepSpec(
-        name=str(name),
+        name=str(document.get("name")),
         baseline=baseline,
         axes={axis: tuple(values) for axis, values in axes.items()},
         cells=tuple(cells),
     )
+
+
+def _check_name(name: Any, problems: Problems) -> None:
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        problems.add(("name",), "`name` is required: letters, digits, `.`, `_`, `-`, at most 64")
+    elif name in _TAKEN:
+        problems.add(("name",), f"`name: {name}`: the run directory has its own `{name}/`; choose another")
 
 
 def _shapes_fit(document: Mapping[str, Any], problems: Problems) -> bool:

@@ -1,6 +1,6 @@
 """YAML as plain data, with the line of every key, and problems that know where they are.
 
-Knows nothing of what the keys mean: that is `sweepfile.py`.
+Knows nothing of what the keys mean: that is for `sweepfile.py` and `launch/profile.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from packcli.errors import ConfigError
 
 KeyPath = tuple[str, ...]
 
+_DOCS = "docs/sweep_file.md"
 _MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
@@ -35,12 +36,12 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def parse(text: str, where: str) -> tuple[dict[str, Any], Lines]:
-    """YAML text as a dictionary, and the line (from 1) of every key by its path."""
+def parse(text: str, where: str, docs: str = _DOCS) -> tuple[dict[str, Any], Lines]:
+    """YAML text as a dictionary, and the line (from 1) of every key by its path. `docs`: where keys are listed."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{where}: a sweep file is a mapping of keys to values", "see docs/sweep_file.md")
+            raise ConfigError(f"{where}: a mapping of keys to values is expected", f"see {docs}")
         lines = Lines()
         _walk(node, (), lines, where)
         return dict(_Loader(text).construct_document(node)), lines
@@ -80,8 +81,8 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> N
 class Problems:
     """All that is wrong with a file, each said once, with its line and the nearest key."""
 
-    def __init__(self, where: str, lines: Lines) -> None:
-        self._where, self._lines, self._found = where, lines, dict[str, None]()
+    def __init__(self, where: str, lines: Lines, docs: str = _DOCS) -> None:
+        self._where, self._lines, self._docs, self._found = where, lines, docs, dict[str, None]()
 
     def add(self, path: tuple[str, ...], message: str) -> None:
         known = path
@@ -99,4 +100,4 @@ class Problems:
 
     def raise_if_any(self) -> None:
         if self._found:
-            raise ConfigError("\n".join(self._found), "keys and values are described in docs/sweep_file.md")
+            raise ConfigError("\n".join(self._found), f"keys and values are described in {self._docs}")

@@ -36,6 +36,7 @@ RANKS = {
     "papersteps": 3,
     "store": 3,
     "data": 4,
+    "download": 5,
     "model": 5,
     "train": 6,
     "eval": 6,
@@ -45,6 +46,7 @@ RANKS = {
     "launch": 9,
     "views": 10,
     "doctor": 10,
+    "fetch": 10,
     "cli": 11,
     "__main__": 12,
 }
@@ -65,8 +67,10 @@ NAMES = {
     "fingerprints.json",
     "final",
     "runs/store",
+    "array.json",
+    "submission.sh",
 }
-PREFIXES = ("checkpoint-", "shard-", "worker-")
+PREFIXES = ("checkpoint-", "shard-", "worker-", "workers-", "array-", "process-")
 
 
 def tree(file: Path) -> ast.Module:

@@ -32,7 +32,10 @@ OPTIONS = {
     | {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--grace", "--allow-fallback"},
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--engine", "--runs", "--json", "--help"}
     | {"--chat-template"},
-    "sweep": SELECTING | {"--on", "--dry-run", "--nproc-per-node", "--grace", "--allow-fallback"},
+    "sweep": SELECTING
+    | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"},
+    "cancel": SELECTING,
+    "fetch": SELECTING,
     "status": SELECTING,
     "report": SELECTING | {"--format", "--figures"},
     "verify": {"--help"},
@@ -97,6 +100,11 @@ def break_arm(sweep: Path) -> None:
     sweep.write_text(sweep.read_text().replace("- padding", "- paddding"))
 
 
+def taken_name(name: str) -> Callable[[Path], Any]:
+    """A sweep of this name would write among the stages, or among what was submitted."""
+    return lambda sweep: sweep.write_text(sweep.read_text().replace("name: tiny_test", f"name: {name}"))
+
+
 def break_line(sweep: Path) -> None:
     with (sweep.parent / "chats.jsonl").open("a") as file:
         file.write('{"messages": [\n')
@@ -121,6 +129,8 @@ def break_all(sweep: Path) -> None:
         (break_all, (), 3, ("no usable conversation", "`messages` is empty")),
         (break_task, (), 2, ("unknown evaluation task `tiny_coppy`", "did you mean `tiny_copy`?")),
         (break_arm, (), 2, ("unknown arm `paddding`; did you mean `padding`?",)),
+        (taken_name("store"), (), 2, ("sweep.yaml:1:", "the run directory has its own `store/`")),
+        (taken_name("slurm"), (), 2, ("sweep.yaml:1:", "the run directory has its own `slurm/`")),
         (None, ("--only", "sed=0"), 2, ("no axis `sed`", "arm, seed")),
         (None, ("--only", "seed=5"), 2, ("`seed` has no value `5`",)),
         (None, ("--set", "train.lrr=1"), 2, ("did you mean `train.lr`?",)),

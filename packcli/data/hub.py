@@ -11,12 +11,12 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from packcli.config import SourceSpec
 from packcli.data import formats
 from packcli.errors import ConfigError, DataError, MissingError, PackcliError
-from packcli.files import atomic_directory, digest
+from packcli.files import atomic_directory, atomic_write, digest
 
 # The sets of "Packing Analysis" (arXiv 2410.08081) as its authors published them, in the ShareGPT schema.
 PAPER_SETS = {
@@ -75,15 +75,73 @@ def resolved(spec: SourceSpec) -> str | None:
     return str(sha) if sha else None
 
 
-def arrow_files(spec: SourceSpec) -> tuple[Path, ...]:
+def cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:
+    """The commit that a revision named when `remember` was last told, or when the Hub's client was last asked."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    with contextlib.suppress(OSError):
+        text = _ref(kind, repository, revision).read_text().strip()
+        return text if _COMMIT.fullmatch(text) else None
+    return None
+
+
+def remember(kind: Literal["model", "dataset"], repository: str, revision: str | None, commit: str) -> None:
+    """Note in the Hub's cache, where its client looks when offline, which commit a branch or tag names."""
+    if cached_commit(kind, repository, revision) != commit:
+        with atomic_write(_ref(kind, repository, revision)) as file:
+            file.write(commit.encode())
+
+
+def cache_directory(kind: Literal["model", "dataset"], repository: str) -> Path:
+    """Where the Hub's client keeps the files of a repository: `blobs/`, `snapshots/COMMIT/`, `refs/`."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind)
+
+
+def _ref(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> Path:
+    return cache_directory(kind, repository) / "refs" / (revision or "main")
+
+
+class Remote(NamedTuple):
+    """What loading a dataset takes: the files of its repository, and the directory of Arrow files they become.
+
+    `arrow_bytes` is None where the dataset does not say.
+    """
+
+    files: tuple[str, ...]
+    directory: Path
+    arrow_bytes: int | None
+
+
+def remote(spec: SourceSpec, commit: str) -> Remote:
+    """The files that `arrow_files` downloads (all splits of the subset), without downloading them.
+
+    Raises as `arrow_files` does.
+    """
+    datasets = _datasets(spec)
+    try:
+        builder = datasets.load_dataset_builder(_id(spec), name=spec.subset, revision=commit)
+    except Exception as error:
+        raise _explained(spec, error) from error
+    inside = f"hf://datasets/{_id(spec)}@{commit}/"
+    urls = [str(url) for split in (builder.config.data_files or {}).values() for url in split]
+    files = tuple(url.removeprefix(inside) for url in urls if url.startswith(inside))
+    return Remote(files, Path(builder.cache_dir), builder.info.dataset_size)
+
+
+def arrow_files(spec: SourceSpec, commit: str | None = None) -> tuple[Path, ...]:
     """The Arrow files that hold exactly the rows of a split, in order; downloaded first where they are not cached.
+
+    `commit`: what the revision is known to name; without it the Hub is asked.
 
     Raises:
         ConfigError: no such dataset, revision, subset or split.
         MissingError: no network and no cached copy, no permission, or `datasets` is not installed.
         DataError: `datasets` cannot read it.
     """
-    dataset, commit = _load(spec)
+    dataset, commit = _load(spec, commit)
     files = tuple(Path(file["filename"]) for file in dataset.cache_files)
     _check_commit(spec, files, commit)
     if files and _WHOLE_SPLIT.fullmatch(spec.split):
@@ -109,22 +167,30 @@ def _id(spec: SourceSpec) -> str:
     return PAPER_SETS.get(spec.source, spec.source)
 
 
-def _load(spec: SourceSpec) -> tuple[Any, str | None]:
-    """(the dataset as `datasets` opens it, the commit asked for or None when offline)."""
+def _datasets(spec: SourceSpec) -> Any:
     try:
         import datasets
     except ImportError:
         raise MissingError(
             f"reading `{_id(spec)}` needs the package `datasets`", "pip install 'packcli[data]'"
         ) from None
-    commit = resolved(spec)
-    if commit is None and spec.revision not in (None, "main") and not _COMMIT.fullmatch(spec.revision):
-        raise MissingError(
-            f"`{_id(spec)}`: no connection to Hugging Face to look up revision `{spec.revision}`",
-            "connect, or give the revision as a commit id of 40 hex digits",
-        )
+    return datasets
+
+
+def _load(spec: SourceSpec, commit: str | None = None) -> tuple[Any, str | None]:
+    """(the dataset as `datasets` opens it, the commit it must be of or None for the newest copy there is)."""
+    datasets = _datasets(spec)
+    commit = commit or resolved(spec)
+    online = commit is not None
+    if not online and spec.revision not in (None, "main"):
+        commit = cached_commit("dataset", _id(spec), spec.revision)
+        if commit is None:
+            raise MissingError(
+                f"`{_id(spec)}`: no connection to Hugging Face to look up revision `{spec.revision}`",
+                "connect, or give the revision as a commit id of 40 hex digits",
+            )
     try:
-        with _cache_only(datasets.config) if commit is None else contextlib.nullcontext():
+        with contextlib.nullcontext() if online else _cache_only(datasets.config):
             dataset = datasets.load_dataset(
                 _id(spec),
                 name=spec.subset,

@@ -150,6 +150,13 @@ def stream(spec: SourceSpec, skip: int = 0, file: int = 0) -> Iterator[Record]:
         yield Record(file, number, value)
 
 
+def local_bytes(spec: SourceSpec) -> int:
+    """Size of a source's local files; 0 of what is packaged or on a hub."""
+    if is_builtin(spec) or _on_hub(spec):
+        return 0
+    return sum(file.stat().st_size for file in files(spec))
+
+
 def files(spec: SourceSpec) -> tuple[Path, ...]:
     """The local files a source names, sorted by name.
 

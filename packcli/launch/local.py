@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -18,11 +20,11 @@ import orjson
 from packcli import log, stages
 from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
-from packcli.launch import ranks
+from packcli.launch import graph, ranks
 from packcli.launch.ranks import Group
 from packcli.plan import Kind, Plan, closure
 from packcli.processes import GRACE_S, Stop
-from packcli.store import Store
+from packcli.store import Store, is_locked
 
 Stage = tuple[Kind, str]
 _QUIET_LINE_S = 30.0
@@ -70,6 +72,7 @@ class _Run:
     total: int
     group: Group
     fallback: bool
+    logs: Path
     explained: set[str] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
@@ -82,11 +85,13 @@ def run(
     processes: int | None = None,
     grace_s: float = GRACE_S,
     fallback: bool = False,
+    logs: Path | None = None,
 ) -> list[Failure]:
     """Do every stage the targets need that is not done; what failed, in the order it did.
 
     `processes`: of one training; unset, one a GPU. `grace_s`: how long a training may take to write its checkpoint
-    when all is to stop. `fallback`: a training whose newest checkpoint is damaged takes the one before.
+    when all is to stop. `fallback`: a training whose newest checkpoint is damaged takes the one before. `logs`: a
+    directory for the workers' logs; unset, the sweep's.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; running trainings were asked to write a checkpoint first.
@@ -104,13 +109,14 @@ def run(
     heavy = any(job.kind in ("train", "eval") for job in jobs)
     each, gpus = ranks.processes_here(processes) if heavy else (1, 0)
     group = Group(processes=each, grace_s=grace_s)
-    state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, fallback)
+    logs = logs or store.sweep(plan.name)
+    state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, fallback, logs)
     # Two on one GPU share its memory and spoil each other's times.
     count, threads = (1, os.cpu_count() or 1) if gpus or each > 1 else _workers(plan, jobs)
     log.logger.info(
         "%d of %d stages to do, %d at a time, on %d cores", state.total, len(wanted), count, os.cpu_count() or 1
     )
-    with _terminable(), _pool(store, plan.name, count, threads, grace_s) as workers:
+    with _announced(store, plan.name), terminable(), _pool(store, logs, count, threads, grace_s) as workers:
         _schedule(state, workers)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     log.logger.info("%s after %d min %d s", "failed" if state.failures else "finished", minutes, seconds)
@@ -129,7 +135,7 @@ def _workers(plan: Plan, jobs: Sequence[_Job]) -> tuple[int, int]:
 
 
 def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
-    names = _names(plan)
+    names = graph.names(plan)
     jobs: list[_Job] = []
     scoring: dict[tuple[str, str], _Job] = {}
     for kind, id_ in missing:
@@ -146,20 +152,35 @@ def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
     return jobs
 
 
-def _names(plan: Plan) -> dict[Stage, str]:
-    """What to call a stage: the labels of the first cell that uses it."""
-    names: dict[Stage, str] = {("train", id_): "shared base model" for id_ in plan.shared}
-    for cell in plan.cells:
-        label = " ".join(cell.labels.values())
-        names.setdefault(("train", cell.train), label)
-        names.setdefault(("index", cell.index), label)
-        names.setdefault(("tokens", cell.tokens), label)
-    return names
+@contextlib.contextmanager
+def _announced(store: Store, sweep: str) -> Iterator[None]:
+    """A file, locked while this process does the sweep, by which `cancel` finds it."""
+    path = store.process(sweep, os.getpid())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def cancel(sweep: str, store: Store) -> list[int]:
+    """Ask every process of this machine that does the sweep to stop, as Ctrl-C does; their ids."""
+    asked = []
+    for path, number in store.processes(sweep):
+        if is_locked(path):  # else it was killed, and its number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGTERM)
+                asked.append(number)
+        else:
+            path.unlink(missing_ok=True)
+    return asked
 
 
 @contextlib.contextmanager
-def _pool(store: Store, sweep: str, count: int, threads: int, grace_s: float) -> Iterator[list[_Worker]]:
-    workers = [_start(store, sweep, number, threads) for number in range(count)]
+def _pool(store: Store, logs: Path, count: int, threads: int, grace_s: float) -> Iterator[list[_Worker]]:
+    workers = [_start(store, logs, number, threads) for number in range(count)]
     try:
         yield workers
     except BaseException:
@@ -181,9 +202,9 @@ def _pool(store: Store, sweep: str, count: int, threads: int, grace_s: float) ->
             os.close(worker.answers)
 
 
-def _start(store: Store, sweep: str, number: int, threads: int) -> _Worker:
+def _start(store: Store, logs: Path, number: int, threads: int) -> _Worker:
     receive, send = os.pipe()
-    path = store.worker_log(sweep, number)
+    path = store.worker_log(logs, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(store.root), str(send), str(threads), str(os.getpid())]
     with path.open("ab") as output:
@@ -200,7 +221,7 @@ def _start(store: Store, sweep: str, number: int, threads: int) -> _Worker:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM and SIGUSR2 stop a sweep as Ctrl-C does, with the exit code for "run again"; two, at once."""
     stop = Stop()
 
@@ -347,7 +368,7 @@ def _bury(state: _Run, number: int, worker: _Worker) -> int:
     if job is None:
         return 0
     error = ranks.died(f"{job.kind} {job.name}", code, state.store.failure(job.kind, job.ids[0]))
-    fix = f"{error.fix}. Its log: {state.store.worker_log(state.plan.name, number)}"
+    fix = f"{error.fix}. Its log: {state.store.worker_log(state.logs, number)}"
     for id_ in job.ids:
         state.store.fail(job.kind, id_, error)
     _end(
@@ -360,7 +381,7 @@ def _bury(state: _Run, number: int, worker: _Worker) -> int:
 
 def _revive(state: _Run, workers: list[_Worker], number: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // len(workers))
-    fresh = _start(state.store, state.plan.name, number, threads)
+    fresh = _start(state.store, state.logs, number, threads)
     os.close(workers[number].answers)
     workers[number].process, workers[number].answers, workers[number].closed = fresh.process, fresh.answers, False
 

@@ -51,7 +51,8 @@ _GPU_DRIVERS = ("nvidia[0-9]*", "kfd", "dxg")
 class Group:
     """`processes` on each of `nodes` machines, of which this is number `node`.
 
-    `endpoint`: "HOST:PORT" of a free port on machine 0; None where one machine is all.
+    `endpoint`: "HOST:PORT" of a free port on machine 0; None where one machine is all. `burn_in`: see whether all
+    machines are sound before each training; `names`: what to call them where they are not.
     """
 
     processes: int = 1
@@ -59,6 +60,8 @@ class Group:
     node: int = 0
     endpoint: str | None = None
     grace_s: float = GRACE_S
+    burn_in: bool = False
+    names: tuple[str, ...] = ()
 
     def address(self, number: int) -> tuple[str, int]:
         """Where rank 0 of the `number`-th training listens: on its own port, as the last may not be free yet."""
@@ -138,7 +141,14 @@ def run(
     if store.manifest("train", order.id) is not None:
         return
     stop, ranks = Stop(), list[_Rank]()
-    request = {"kind": "train", "ids": [order.id], "orders": [order.model_dump(mode="json")], "fallback": fallback}
+    request = {
+        "kind": "train",
+        "ids": [order.id],
+        "orders": [order.model_dump(mode="json")],
+        "fallback": fallback,
+        "burn_in": group.burn_in,
+        "names": group.names,
+    }
     with listening(stop, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         try:
             address = group.address(number)
@@ -172,6 +182,7 @@ def _start(store: Store, group: Group, address: tuple[str, int], local: int, req
     }
     receive, send = os.pipe()
     arguments = [str(store.root), str(send), str(threads), str(os.getpid())]
+    arguments += [str(store.local)] if store.local else []
     process = subprocess.Popen(
         [sys.executable, "-m", "packcli.launch.worker", *arguments],
         stdin=subprocess.PIPE,

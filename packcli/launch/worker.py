@@ -66,7 +66,10 @@ class Worker:
         elif group := job.get("group"):
             ranks.run(order, self._store, ranks.Group(**group), self._note, fallback=job["fallback"])
         else:
-            stages.train(order, self._store, self._note, fallback=job["fallback"])
+            burn_in, names = job.get("burn_in", False), job.get("names")
+            stages.train(
+                order, self._store, self._note, fallback=job["fallback"], burn_in=burn_in, nodes=names or None
+            )
         return []
 
     def _evaluate(self, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,9 +115,9 @@ def _brief(error: Exception) -> str:
 
 
 def main() -> None:
-    runs, answers, threads, parent = sys.argv[1:5]
+    runs, answers, threads, parent, *local = sys.argv[1:6]
     die_with_parent(int(parent))
-    Worker(Store(Path(runs)), int(answers), int(threads)).serve()
+    Worker(Store(Path(runs), *map(Path, local)), int(answers), int(threads)).serve()
     if "RANK" in os.environ:
         from packcli.train import distributed
 

@@ -67,6 +67,14 @@ def load(
     return loaded
 
 
+def skeleton(model: ModelSpec) -> Any:
+    """The model's modules, to be given other weights: parameters on the meta device, buffers as computed."""
+    with _on_meta():
+        if model.config is not None:
+            return _build(configs.build(model.config))
+        return _from_checkpoint(str(model.name), model.revision, empty=True)
+
+
 @contextmanager
 def _on_meta() -> Iterator[None]:
     """Parameters made in here hold nothing. (`torch.device("meta")` would empty the buffers too.)"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,41 +12,110 @@ from packcli import stages
 from packcli.config import EstimateSpec
 from packcli.files import json_line
 from packcli.memory import GIB
-from packcli.plan import Cell, Plan
-from packcli.store import Store
+from packcli.plan import Cell, Kind, Plan, TrainOrder
+from packcli.report import progress
+from packcli.store import State, Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_GRAVEST_FIRST = ("failed", "running", "pending", "done")
+Stage = tuple[Kind, str]
+_GRAVEST_FIRST = ("failed", "running", "queued", "pending", "done")
+_MOST_FAILURES = 10
+_AGAIN = "run the same sweep again: it does what is missing"
 
 
-def collect(plan: Plan, store: Store) -> dict[str, Any]:
-    """States of the shared stages and of every cell's, each read once."""
-    states = {stage: store.state(*stage) for stage in plan.stages()}
+def collect(plan: Plan, store: Store, jobs: Mapping[Stage, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """States of the shared stages and of every cell's, each read once; and each failure, once for all it met.
+
+    `jobs`: of stages that are not done, as `launch.watch` sees them.
+    """
+    stages_ = plan.stages()
+    states, found, failures = store.states(stages_), {}, _Failures()
+    unready: set[Stage] = set()  # failed, or waiting for what failed
+    for stage in stages_:
+        job = (jobs or {}).get(stage)
+        waits = any(upstream in unready for upstream in plan.inputs(*stage))
+        found[stage] = _stage(stage, states[stage], None if waits and _is_over(job) else job, store, failures)
+        if found[stage]["state"] == "running" and stage[0] == "train":
+            found[stage]["progress"] = _steps(plan.trains[stage[1]], store)
+        if found[stage]["state"] == "failed" or (found[stage]["state"] == "pending" and waits):
+            unready.add(stage)
     return {
         "sweep": plan.name,
-        "shared": [{"train": id_, "state": states["train", id_]} for id_ in plan.shared],
-        "cells": [
-            {"cell": cell.id, "labels": cell.labels, "stages": _stages(cell, states)} for cell in plan.cells
-        ],
-        "total": dict(Counter(states.values())),
+        "shared": [{"train": id_, **_without_id(found["train", id_])} for id_ in plan.shared],
+        "cells": [{"cell": cell.id, "labels": cell.labels, "stages": _stages(cell, found)} for cell in plan.cells],
+        "total": dict(Counter(info["state"] for info in found.values())),
+        "failures": failures.listed(),
     }
 
 
-def _stages(cell: Cell, states: dict[Any, Any]) -> dict[str, Any]:
-    tasks = {task: {"id": id_, "state": states["eval", id_]} for task, id_ in cell.evals.items()}
-    scoring = [task["state"] for task in tasks.values()]
+def _stage(
+    stage: Stage, state: State, job: Mapping[str, Any] | None, store: Store, failures: _Failures
+) -> dict[str, Any]:
+    """A live job goes before an old failure, which it is to mend; a lock before both: somebody works."""
+    shown: dict[str, Any] = {"id": stage[1], "state": state}
+    word = job["state"] if job is not None else None
+    live = word in ("queued", "running")
+    if state == "done" or (state == "running" and not live):
+        return shown
+    if job is not None:
+        shown["job"] = dict(job)
+    if live:
+        shown["state"] = "running" if state == "running" else word
+    elif state == "failed" and (error := store.failure(*stage)) is not None:
+        shown["why"] = failures.add(error.cause, error.fix)
+    elif job is not None and state == "pending" and _is_over(job):
+        shown["state"] = "failed" if word == "ended" else "pending"
+        shown["why"] = failures.add(job["reason"], _AGAIN)
+    return shown
+
+
+def _is_over(job: Mapping[str, Any] | None) -> bool:
+    return job is not None and job["state"] in ("ended", "cancelled")
+
+
+class _Failures:
+    """Each cause once, and how many stages it met."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], int] = {}
+
+    def add(self, cause: str, fix: str) -> str:
+        self._found[cause, fix] = self._found.get((cause, fix), 0) + 1
+        return cause
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The most frequent first."""
+        found = sorted(self._found.items(), key=lambda item: -item[1])
+        return [{"cause": cause, "fix": fix, "stages": count} for (cause, fix), count in found]
+
+
+def _steps(order: TrainOrder, store: Store) -> dict[str, Any]:
+    there = progress.training(order, store, progress.num_steps(order, store))
+    return {"step": there.done, "steps": there.total}
+
+
+def _without_id(info: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in info.items() if key != "id"}
+
+
+def _stages(cell: Cell, found: Mapping[Stage, dict[str, Any]]) -> dict[str, Any]:
+    tasks = {task: found["eval", id_] for task, id_ in cell.evals.items()}
+    gravest = min(tasks.values(), key=_gravity, default={"state": "done"})
+    index, tokens = found["index", cell.index], found["tokens", cell.tokens]
     return {
-        "prepare": {"id": cell.index, "state": states["index", cell.index]},
-        "train": {"id": cell.train, "state": states["train", cell.train]},
-        "eval": {
-            "id": cell.id,
-            "state": next((state for state in _GRAVEST_FIRST if state in scoring), "done"),
-            "tasks": tasks,
-        },
+        # Rows take milliseconds once there are tokens: what keeps them waiting is what a user asks for.
+        "prepare": (tokens if index["state"] == "pending" != tokens["state"] != "done" else index)
+        | {"id": cell.index},
+        "train": found["train", cell.train],
+        "eval": {**gravest, "id": cell.id, "tasks": tasks},
     }
+
+
+def _gravity(info: Mapping[str, Any]) -> int:
+    return _GRAVEST_FIRST.index(info["state"])
 
 
 def dry_run(plan: Plan, store: Store) -> dict[str, Any]:
@@ -100,9 +170,9 @@ def table(document: dict[str, Any]) -> Table:
         shown.add_column(header, justify="right")
     for shared in document["shared"]:
         where = () if estimated else (shared["train"],)
-        shown.add_row("shared base model", "", shared["state"], "", *where, *_costs(shared))
+        shown.add_row("shared base model", "", _words(shared), "", *where, *_costs(shared))
     for cell in document["cells"]:
-        states = [cell["stages"][stage]["state"] for stage in ("prepare", "train", "eval")]
+        states = [_words(cell["stages"][stage]) for stage in ("prepare", "train", "eval")]
         if not cell["stages"]["eval"]["tasks"]:
             states[-1] = "no tasks"
         where = () if estimated else (cell["stages"]["train"]["id"],)
@@ -116,6 +186,38 @@ def table(document: dict[str, Any]) -> Table:
         if timed:
             shown.caption += f" In all {_hours(document['total']['gpu_hours'])} GPU hours at the `slot_mfu` given."
     return shown
+
+
+def _words(info: dict[str, Any]) -> str:
+    """`queued (Priority), 2 attempts so far`, `running, step 3 of 80 (17_0 on node[0-3]), attempt 2`."""
+    from rich.markup import escape
+
+    state, job = info["state"], info.get("job", {})
+    step, attempt = info.get("progress"), job.get("attempt", 0)
+    match state:
+        case "queued":
+            words = f"queued ({job['reason']})" if job["reason"] else "queued"
+        case "running":
+            words = f"running, step {step['step']:,} of {step['steps'] or '?'}" if step else "running"
+            words += f" ({job['id']} on {job['nodes']})" if job else ""
+            attempt, words = 0, words + (f", attempt {attempt}" if attempt > 1 else "")
+        case "pending":
+            words = "cancelled" if job.get("state") == "cancelled" else "pending"
+        case _:
+            words = state
+    tries = f"{attempt} attempt{'s' if attempt != 1 else ''} so far"
+    return escape(f"{words}, {tries}" if attempt else words)
+
+
+def failure_lines(document: dict[str, Any]) -> list[str]:
+    """One line a failure, the most frequent first."""
+    failures = document["failures"]
+    lines = [
+        f"{item['stages']:,} stage{'s' if item['stages'] != 1 else ''}: {item['cause']}; hint: {item['fix']}"
+        for item in failures[:_MOST_FAILURES]
+    ]
+    more = len(failures) - len(lines)
+    return [*lines, *([f"and {more:,} more failures: see --json"] if more else [])]
 
 
 def _costs(item: dict[str, Any]) -> tuple[str, ...]:

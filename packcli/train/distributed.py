@@ -77,11 +77,15 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start(*, group: bool = False, timeout: timedelta | None = None) -> Processes:
+def per_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def start(*, group: bool = False, timeout: timedelta | None = None, store: Any = None) -> Processes:
     """Join the processes torchrun describes (NCCL between GPUs, gloo between CPUs).
 
     `group`: have a process group even when there is one process. `timeout`: after which a collective that not all
-    ranks reached is an error; unset, torch's default.
+    ranks reached is an error; unset, torch's default. `store`: where the ranks met, if they did.
     """
     world, gpu = world_size(), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
@@ -91,9 +95,10 @@ def start(*, group: bool = False, timeout: timedelta | None = None) -> Processes
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         if world == 1:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+        elif store is not None:
+            options |= {"store": store, "rank": rank(), "world_size": world}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **options)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    return Processes(rank=rank(), world=world, per_node=per_node, device=device)
+    return Processes(rank=rank(), world=world, per_node=per_node(), device=device)
 
 
 def wait_for_all() -> None:

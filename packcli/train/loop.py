@@ -82,7 +82,7 @@ def train(
     )
     progress, stop = Progress(), Stop(end=lambda: os._exit(PreemptedError.exit_code))
     with (
-        _settings(spec, processes),
+        settings(spec, processes),
         # A cluster sends SIGUSR2 before the time limit and SIGTERM when it preempts.
         listening(stop, signal.SIGTERM, signal.SIGUSR2),
         faults.memory(lambda: progress.step + 1, spec.micro_batch),
@@ -250,7 +250,7 @@ def _peak_bytes(processes: Processes) -> int | None:
 
 
 @contextlib.contextmanager
-def _settings(spec: TrainSpec, processes: Processes) -> Iterator[None]:
+def settings(spec: TrainSpec, processes: Processes) -> Iterator[None]:
     """Threads for good; determinism and peak memory while the run lasts: a process may do several."""
     if processes.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(processes.device)

@@ -1,0 +1,312 @@
+"""A sweep on a cluster: what of it is there already, what is submitted, what is cancelled.
+
+The truth about a job is SLURM's, about a stage the disk's. Nothing else is kept: an array's comment leads to its
+directory, and that says which stages its elements do, so all is found again after a crash at any moment.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from packcli.errors import MissingError, PackcliError, RunError
+from packcli.files import atomic_write, locked, read_json, write_json
+from packcli.launch import graph, life, script, slurm
+from packcli.launch.graph import Array, Known, Stage
+from packcli.launch.profile import Profile, StageName
+from packcli.launch.script import Submitted
+from packcli.launch.slurm import Seen
+from packcli.plan import Plan
+from packcli.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a stage, or a submission, was not done. `exit_code` as in `errors.py`."""
+
+    cause: str
+    fix: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An array that SLURM accepted as `job`."""
+
+    job: str
+    array: Array
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a submission came to. `live`: jobs there before. `skipped`: stages that would only fail again."""
+
+    sent: list[Sent] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    skipped: list[Stage] = field(default_factory=list)
+    live: int = 0
+
+
+class View:
+    """Jobs of a run directory as SLURM has them. Made before the disk is read: what has ended is done there.
+
+    `patient`: as `slurm.live` has it.
+    """
+
+    def __init__(self, store: Store, *, patient: bool = True) -> None:
+        self._store = store
+        self._orders: dict[str, Submitted | None] = {}
+        self.live = [seen for seen in slurm.live(patient=patient) if self.order(seen.array) is not None]
+
+    def order(self, id_: str) -> Submitted | None:
+        """What an array is to do; None: it is of another run directory."""
+        if id_ not in self._orders:
+            submission, _, number = id_.partition(".")
+            try:
+                read = read_json(self._store.array_order(submission, int(number)))
+                order = Submitted.model_validate(read)
+                # A copy of a run directory has the orders too, but the jobs work for the one they were given.
+                is_ours = Path(order.runs).samefile(self._store.root)
+                self._orders[id_] = order if is_ours else None
+            except (OSError, ValueError):
+                self._orders[id_] = None
+        return self._orders[id_]
+
+    def stages(self, seen: Seen) -> tuple[Stage, ...]:
+        """What an element does; of a part, nothing: its stage is done by the job that waits for all parts."""
+        order = self.order(seen.array)
+        assert order is not None
+        element = order.array.at(seen.element)
+        return () if element.part else element.stages
+
+    @cached_property
+    def by_stage(self) -> dict[Stage, Seen]:
+        return {stage: seen for seen in self.live for stage in self.stages(seen)}
+
+    def lost(self, stages: Iterable[Stage]) -> dict[Stage, Seen]:
+        """How the newest jobs of stages ended that are neither done nor live."""
+        wanted = set(stages) - set(self.by_stage)
+        last: dict[Stage, tuple[Submitted, str]] = {}
+        for submission, number in self._store.arrays() if wanted else ():
+            order = self.order(f"{submission}.{number}")
+            if order is None or (job := self._job(order)) is None:
+                continue
+            for element in order.array.elements:
+                if element.part is None:
+                    name = f"{job}_{element.index}"
+                    last.update({stage: (order, name) for stage in element.stages if stage in wanted})
+        how = slurm.ended({job.partition("_")[0] for _, job in last.values()})
+        return {
+            stage: Seen(order.id, job, "ended", how.get(job, slurm.NO_RESULT), "")
+            for stage, (order, job) in last.items()
+        }
+
+    def _job(self, order: Submitted) -> str | None:
+        try:
+            return str(read_json(self._store.array_job(order.submission, order.array.number))["job"])
+        except OSError:
+            return None  # killed before it was written, or never accepted
+
+
+def known(plan: Plan, store: Store, profile: Profile, view: View | None, sizes: dict[str, int]) -> Known:
+    """What need not be submitted."""
+    live = {stage: seen.job for stage, seen in view.by_stage.items()} if view else {}
+    stages = plan.stages()
+    states = {stage: store.state(*stage) for stage in stages}
+    done = {stage for stage in stages if states[stage] == "done"}
+    blocked = {
+        stage
+        for stage in stages
+        if states[stage] == "failed" and stage not in live and _is_hopeless(plan, store, profile, stage)
+    }
+    return Known(
+        done=done,
+        live={stage: job for stage, job in live.items() if stage not in done},
+        blocked=blocked,
+        source_bytes=sizes,
+    )
+
+
+def _is_hopeless(plan: Plan, store: Store, profile: Profile, stage: Stage) -> bool:
+    failure = store.failure(*stage)
+    if failure is None or failure.kind == "quarantined":
+        return failure is not None
+    if failure.kind not in life.SAME_AGAIN:
+        return False
+    return life.read(store, stage).settings == life.settings(plan, stage, profile.resources(_job(plan, stage)))
+
+
+def _job(plan: Plan, stage: Stage) -> StageName:
+    match stage[0]:
+        case "tokens" | "index":
+            return "prepare"
+        case "train":
+            return "base" if stage[1] in plan.shared else "train"
+        case "eval":
+            return "eval"
+
+
+def orders(
+    plan: Plan, store: Store, profile: Profile, arrays: Sequence[Array], submission: str
+) -> list[Submitted]:
+    """What is written for each array of a graph."""
+    return [
+        Submitted(
+            submission=submission,
+            sweep=plan.name,
+            runs=str(store.root.absolute()),
+            directory=str(store.array(submission, array.number).absolute()),
+            array=array,
+            profile=profile,
+        )
+        for array in arrays
+    ]
+
+
+def submit(plan: Plan, store: Store, profile: Profile, sizes: dict[str, int], *, retry: bool = False) -> Outcome:
+    """Hand all that is missing to SLURM, and return.
+
+    Raises:
+        ConfigError: SLURM would refuse a script; nothing was submitted.
+        LockedError: somebody else submits from this run directory right now.
+        MissingError: no SLURM, or it does not answer.
+    """
+    slurm.require()
+    script.check_path(str(store.root.absolute()))
+    store.check(writable=True)
+    with locked(store.submissions(), "a submission"):
+        view = View(store)
+        if retry:
+            _forget(plan, store, view)
+        found = known(plan, store, profile, view, sizes)
+        mine = [seen for seen in view.live if set(view.stages(seen)) & set(plan.stages())]
+        outcome = Outcome(skipped=sorted(found.blocked), live=len(mine))
+        outcome.failures += [_blocked(store, stage) for stage in outcome.skipped]
+        arrays = graph.graph(plan, profile, found)
+        if arrays:
+            store.write_plan(plan)
+            submission = uuid.uuid4().hex[:8]
+            write_json(store.submitted_plan(submission), plan.model_dump(mode="json"))
+            _Submission(store, orders(plan, store, profile, arrays, submission), outcome).run()
+    return outcome
+
+
+def _forget(plan: Plan, store: Store, view: View) -> None:
+    """Failures and attempts of stages that no job does now."""
+    for stage in plan.stages():
+        if stage not in view.by_stage and store.state(*stage) == "failed":
+            store.job(*stage).unlink(missing_ok=True)
+            store.failure_file(*stage).unlink(missing_ok=True)
+
+
+def _blocked(store: Store, stage: Stage) -> Failure:
+    error = store.failure(*stage)
+    assert error is not None
+    again = "the same settings would meet it again: change them, or pass --retry"
+    fix = error.fix if error.kind == "quarantined" else f"{error.fix}; {again}"
+    return Failure(f"{' '.join(stage)}: {error.cause}", fix, error.exit_code)
+
+
+class _Submission:
+    """Arrays of one graph on their way. One that is refused leaves out those that wait for it, and no others."""
+
+    def __init__(self, store: Store, orders: Sequence[Submitted], outcome: Outcome) -> None:
+        self._store, self._orders, self._outcome = store, orders, outcome
+        self._jobs: dict[int, str] = {}
+
+    def run(self) -> None:
+        self._check()
+        for order in self._orders:
+            needs = [need.array for need in order.array.needs if need.array is not None]
+            is_report = order.array.job == "report"
+            if not is_report and any(number not in self._jobs for number in needs):
+                continue
+            if is_report and not self._jobs:
+                continue
+            try:
+                self._send(order)
+            except PackcliError as error:
+                self._outcome.failures.append(self._refused(order, error))
+                if isinstance(error, MissingError):
+                    return  # SLURM is down, or takes no more: it would say the same of the rest
+
+    def _check(self) -> None:
+        """Ask SLURM about one script of each kind: a wrong partition is better known before the first job."""
+        seen = set()
+        for order in self._orders:
+            shape = (order.array.job, order.array.nodes)
+            if shape not in seen:
+                seen.add(shape)
+                error = slurm.check(self._write(order, None))
+                if error is not None:
+                    raise type(error)(f"{order.array.job} jobs: {error.cause}; nothing was submitted", error.fix)
+
+    def _write(self, order: Submitted, dependency: str | None) -> Path:
+        write_json(self._store.array_order(order.submission, order.array.number), order.model_dump(mode="json"))
+        path = self._store.array_script(order.submission, order.array.number)
+        with atomic_write(path) as file:
+            file.write(script.text(order, dependency).encode())
+        return path
+
+    def _send(self, order: Submitted) -> None:
+        path = self._write(order, dependency(order.array, self._jobs))
+        job = slurm.submit(path, lambda: _find(order.id))
+        self._jobs[order.array.number] = job
+        record = {"job": job, "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        write_json(self._store.array_job(order.submission, order.array.number), record)
+        self._outcome.sent.append(Sent(job, order.array))
+
+    def _refused(self, order: Submitted, error: PackcliError) -> Failure:
+        count = f"{len(self._jobs)} of {len(self._orders)} arrays are submitted"
+        cause = f"{order.array.job} jobs ({len(order.array.elements)}) were not submitted: {error.cause}; {count}"
+        return Failure(cause, error.fix, error.exit_code)
+
+
+def dependency(array: Array, jobs: dict[int, str]) -> str | None:
+    """As `sbatch --dependency` takes it. `jobs`: SLURM's ids of the arrays submitted so far."""
+    words = []
+    for need in array.needs:
+        job = need.job if need.array is None else jobs.get(need.array)
+        if job is not None:
+            words.append(f"{need.kind}:{job}" + (f"_{need.element}" if need.element is not None else ""))
+    return ",".join(words) or None
+
+
+def _find(id_: str) -> str | None:
+    return next((seen.job.partition("_")[0] for seen in slurm.live() if seen.array == id_), None)
+
+
+def cancel(plan: Plan, store: Store) -> list[str]:
+    """Cancel every job that this sweep submitted from this run directory and that has not ended; their ids."""
+    slurm.require()
+    view, wanted = View(store), set(plan.stages())
+    own = []
+    for seen in view.live:
+        order = view.order(seen.array)
+        assert order is not None
+        stages = order.array.at(seen.element).stages
+        if order.sweep == plan.name and (not stages or wanted & set(stages)):
+            own.append(seen.job)
+    slurm.cancel(own)
+    return own
+
+
+def problems(plan: Plan, store: Store, view: View) -> list[Failure]:
+    """What ended without being done, as the disk or SLURM says."""
+    found, silent = [], []
+    for stage in plan.stages():
+        if stage in view.by_stage or store.state(*stage) == "done":
+            continue
+        error = store.failure(*stage)
+        if error is None:
+            silent.append(stage)
+        else:
+            found.append(Failure(f"{' '.join(stage)}: {error.cause}", error.fix, error.exit_code))
+    for stage, seen in view.lost(silent).items():
+        cause = f"{' '.join(stage)}: job {seen.job}: {seen.reason}"
+        found.append(Failure(cause, "run the same command again: it submits what is missing", RunError.exit_code))
+    return found

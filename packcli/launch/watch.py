@@ -1,0 +1,106 @@
+"""What a cluster's jobs do for a plan at this moment: SLURM's word on each, and what the disk says beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packcli.files import read_json
+from packcli.launch import life, slurm
+from packcli.launch.cluster import View
+from packcli.launch.graph import Element, Stage
+from packcli.launch.life import Attempt
+from packcli.launch.profile import StageName
+from packcli.launch.slurm import Seen
+from packcli.plan import Plan
+from packcli.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """An element that SLURM still has to do, or does. `attempts`: begun so far; of a part, or the report, none are
+    recorded."""
+
+    seen: Seen
+    job: StageName
+    element: Element
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def is_running(self) -> bool:
+        return self.seen.state == "running"
+
+
+def live(plan: Plan, store: Store, view: View) -> dict[str, Live]:
+    """Elements that do something for `plan`, whichever sweep submitted them, by SLURM's id; in SLURM's order.
+
+    A report counts where all that it waits for is in `plan`.
+    """
+    wanted, reports, found = set(plan.stages()), {}, {}
+    for seen in view.live:
+        order = view.order(seen.array)
+        assert order is not None
+        element = order.array.at(seen.element)
+        if order.array.job == "report":
+            if order.submission not in reports:
+                reports[order.submission] = order.sweep == plan.name and _is_within(plan, store, order.submission)
+            if reports[order.submission]:
+                found[seen.job] = Live(seen, order.array.job, element, ())
+        elif wanted & set(element.stages):
+            attempts = life.read(store, element.stages[0]).attempts if element.part is None else ()
+            found[seen.job] = Live(seen, order.array.job, element, attempts)
+    return found
+
+
+def _is_within(plan: Plan, store: Store, submission: str) -> bool:
+    submitted = read_json(store.submitted_plan(submission))
+    return {cell["id"] for cell in submitted["cells"]} <= {cell.id for cell in plan.cells}
+
+
+def jobs(plan: Plan, store: Store, view: View | None) -> dict[Stage, dict[str, Any]]:
+    """For each stage that is not done, its newest job, as plain data: `id`, `state`, `reason`, `nodes`, `attempt`.
+
+    `state`: queued, running; ended or cancelled, without a result; unknown, where no SLURM answers (`view` None).
+    `attempt`: how many have begun.
+    """
+    states = store.states(plan.stages())
+    missing = {stage for stage, state in states.items() if state != "done"}
+    lost: Mapping[Stage, Seen] = {}
+    if view is not None and (lost := view.lost(stage for stage in missing if states[stage] == "pending")):
+        # Another sweep may have submitted since `view` was made: what is there now is no loss.
+        view = View(store, patient=False)
+        lost = {stage: seen for stage, seen in lost.items() if stage not in view.by_stage}
+    found: dict[Stage, dict[str, Any]] = {}
+    for stage in missing:
+        if attempts := life.read(store, stage).attempts:
+            found[stage] = _of_attempt(attempts, is_known=view is not None)
+    for stage, seen in lost.items():
+        state = "cancelled" if seen.reason == slurm.CANCELLED else "ended"
+        found[stage] = _of_seen(seen, found.get(stage, {}).get("attempt", 0)) | {"state": state}
+    for item in live(plan, store, view).values() if view else ():
+        if item.element.part is None:
+            record = _of_seen(item.seen, len(item.attempts))
+            found.update({stage: record for stage in item.element.stages if stage in missing})
+    return found
+
+
+def _of_seen(seen: Seen, attempt: int) -> dict[str, Any]:
+    return {
+        "id": seen.job,
+        "state": seen.state,
+        "reason": seen.reason,
+        "nodes": seen.nodes,
+        "attempt": attempt,
+    }
+
+
+def _of_attempt(attempts: tuple[Attempt, ...], *, is_known: bool) -> dict[str, Any]:
+    last = attempts[-1]
+    return {
+        "id": last.job,
+        "state": "ended" if is_known or last.how is not None else "unknown",
+        "reason": last.how or (slurm.NO_RESULT if is_known else ""),
+        "nodes": ",".join(last.nodes),
+        "attempt": len(attempts),
+    }

@@ -1,0 +1,39 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0%1
+#SBATCH --comment=packcli:0a1b2c3d.4
+#SBATCH --cpus-per-task=64
+#SBATCH --dependency=afterok:1002_0
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=example-base-0a1b2c3d.4
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=0
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/slurm/0a1b2c3d/array-4/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@600
+#SBATCH --time=1440
+
+# setup
+trap : TERM  # preemption: the tasks hear of it too, and what they leave is looked at below
+export NCCL_DEBUG=WARN
+set +e
+/opt/packcli/bin/python -u -m packcli.launch.job begin /shared/runs/slurm/0a1b2c3d/array-4 || exit "$?"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/slurm/0a1b2c3d/array-4/%A_%a_%t_log.out --open-mode=append --cpus-per-task=64 /opt/packcli/bin/python -u -m packcli.launch.job run /shared/runs/slurm/0a1b2c3d/array-4
+
+
+# teardown
+/opt/packcli/bin/python -u -m packcli.launch.job after /shared/runs/slurm/0a1b2c3d/array-4 "$?"
+code=$?
+if [ "$code" = 75 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script
+fi
+exit "$code"

@@ -1,0 +1,38 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-3%4
+#SBATCH --comment=packcli:0a1b2c3d.6
+#SBATCH --cpus-per-task=8
+#SBATCH --dependency=aftercorr:1005
+#SBATCH --gpus-per-node=1
+#SBATCH --job-name=example-eval-0a1b2c3d.6
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=64G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/slurm/0a1b2c3d/array-6/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@600
+#SBATCH --time=480
+
+# setup
+trap : TERM  # preemption: the tasks hear of it too, and what they leave is looked at below
+export NCCL_DEBUG=WARN
+set +e
+/opt/packcli/bin/python -u -m packcli.launch.job begin /shared/runs/slurm/0a1b2c3d/array-6 || exit "$?"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/slurm/0a1b2c3d/array-6/%A_%a_%t_log.out --open-mode=append --cpus-per-task=8 /opt/packcli/bin/python -u -m packcli.launch.job run /shared/runs/slurm/0a1b2c3d/array-6
+
+
+# teardown
+/opt/packcli/bin/python -u -m packcli.launch.job after /shared/runs/slurm/0a1b2c3d/array-6 "$?"
+code=$?
+if [ "$code" = 75 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script
+fi
+exit "$code"
