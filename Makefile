@@ -6,7 +6,7 @@ RUNS ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup reproduce test test-slow test-slurm check clean
+.PHONY: setup reproduce test test-slow test-slurm soak check clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test-slow: setup
 # Starts a SLURM of four nodes on this machine; as root it installs what is missing. `-rs`: why tests were skipped.
 test-slurm: setup
 	@$(BIN)/python -m pytest -m slurm -rs
+
+# The long suites in full, with what CI leaves out: real time limits, nodes taken away. About an hour on two cores.
+soak: setup
+	@PACKCLI_SOAK=1 $(BIN)/python -m pytest -m 'slow or slurm' -rs
 
 check: setup
 	@$(BIN)/ruff format --check .

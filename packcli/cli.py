@@ -354,6 +354,13 @@ def sweep(
     from packcli.launch.profile import load as load_profile
 
     profile = None if on == "local" else load_profile(Path(on))
+    if profile is None and (wait or retry):
+        raise ConfigError("--wait and --retry are for a cluster", "name its profile: --on slurm/PROFILE.yaml")
+    if profile is not None and (nproc_per_node is not None or grace != GRACE_S or allow_fallback):
+        raise ConfigError(
+            "--nproc-per-node, --grace and --allow-fallback are for this machine",
+            f"a cluster's profile says so: `processes_per_node`, `signal_s` in {on}",
+        )
     plan, store = _open(sweep, set_, only, runs)
     for problem in stages.preflight(plan, store):
         log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)

@@ -201,6 +201,8 @@ class DataSpec(Spec):
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """Every source, `mapping` filled in."""
+        if self.mapping is None:
+            return self.source
         return tuple(
             block.model_copy(update={"mapping": self.mapping}) if block.mapping is None else block
             for block in self.source

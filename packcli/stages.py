@@ -396,13 +396,17 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
         ConfigError: `model.config` makes no model, or its context is shorter than the rows.
         MissingError: `train.lora` without peft.
     """
-    todo = [order for order in plan_.trains.values() if store.state("train", order.id) != "done"]
-    if any(order.model.config is not None for order in todo):
+    states = store.states(("train", id_) for id_ in plan_.trains)
+    todo = [order for id_, order in plan_.trains.items() if states["train", id_] != "done"]
+    # A thousand trainings of one model are one question.
+    asked = {
+        (digest(config), order.max_length): config for order in todo if (config := order.model.config) is not None
+    }
+    if asked:
         from packcli.model import configs
 
-        for order in todo:
-            if order.model.config is not None:
-                configs.check_context(configs.build(order.model.config), order.max_length)
+        for (_, max_length), config in asked.items():
+            configs.check_context(configs.build(config), max_length)
     if any(order.train.lora for order in todo):
         from packcli.model import lora
 

@@ -119,7 +119,7 @@ class Store:
 
     def array_job(self, submission: str, number: int) -> Path:
         """The id that the cluster gave an array: written once it was accepted."""
-        return self.array(submission, number) / "job.json"
+        return self.array(submission, number) / "submitted.json"
 
     def array_script(self, submission: str, number: int) -> Path:
         return self.array(submission, number) / "submission.sh"
@@ -242,9 +242,12 @@ class Store:
             return "failed"
         return "running" if is_locked(self.directory(kind, id_) / ".lock") else "pending"
 
+    def begun(self) -> set[tuple[str, str]]:
+        """Stages that have a directory: to ask about a thousand others takes no look at each."""
+        return {(path.parent.name, path.name) for path in (self.root / "store").glob("*/*")}
+
     def states(self, stages: Iterable[tuple[Kind, str]]) -> dict[tuple[Kind, str], State]:
-        """Of many at once: what was never begun is in no listing, and costs no look of its own."""
-        begun = {(path.parent.name, path.name) for path in (self.root / "store").glob("*/*")}
+        begun = self.begun()
         return {stage: self.state(*stage) if stage in begun else "pending" for stage in stages}
 
     def manifest(self, kind: Kind, id_: str) -> Manifest | None:

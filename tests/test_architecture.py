@@ -56,6 +56,7 @@ NAMES = {
     "manifest.json",
     "failure.json",
     "job.json",
+    "submitted.json",
     "plan.json",
     "metrics.jsonl",
     "config.yaml",

@@ -176,12 +176,38 @@ def test_what_an_earlier_submission_does_is_waited_for_and_not_sent_again() -> N
     arrays = graph(plan, profile(), Known(live=live))
     assert kinds(arrays) == [("train", 1), ("eval", 1), ("eval", 1), ("report", 1)]
     train, own, awaited, report = arrays
-    assert (train.elements[0].stages, train.needs) == ((("train", other),), (Need(kind="afterok", job="7_0"),))
+    assert (train.elements[0].stages, train.needs) == (
+        (("train", other),),
+        (Need(kind="afterok", job="7", element=0),),
+    )
     assert own.needs == (Need(kind="afterok", array=0, element=0),)
-    assert awaited.needs == (Need(kind="afterok", job="8_3"),)
+    assert awaited.needs == (Need(kind="afterok", job="8", element=3),)
     assert {plan.evals[id_].train for _, id_ in awaited.elements[0].stages} == {one}
     # The table has to wait for jobs of the earlier submission too: for their whole arrays.
     assert report.needs[:2] == (Need(kind="afterany", job="7"), Need(kind="afterany", job="8"))
+
+
+def test_a_thousand_scores_of_live_trainings_are_not_a_thousand_submissions() -> None:
+    plan = planned(seed=list(range(50)))
+    known = Known(
+        done={stage for stage in plan.stages() if stage[0] in ("tokens", "index")},
+        live={("train", id_): f"{8 + number % 2}_{number}" for number, id_ in enumerate(plan.trains)},
+    )
+    arrays = graph(plan, profile(), known)
+    assert kinds(arrays) == [("eval", 25), ("eval", 25), ("report", 1)]
+    for array, job in zip(arrays, ("8", "9"), strict=False):
+        assert array.needs == (Need(kind="aftercorr", job=job),)
+        for element in array.elements:
+            [id_] = {plan.evals[id_].train for _, id_ in element.stages}
+            assert known.live["train", id_] == f"{job}_{element.index}"
+
+
+def test_the_table_is_made_though_its_job_was_never_submitted() -> None:
+    plan = planned()
+    live: dict[Stage, str] = dict.fromkeys(plan.stages(), "7_0")
+    [report] = graph(plan, profile(), Known(live=live))
+    assert (report.job, report.needs) == ("report", (Need(kind="afterany", job="7"),))
+    assert graph(plan, profile(), Known(live=live, has_report=True)) == ()
 
 
 def test_a_training_waits_for_a_token_store_that_was_deleted_below_its_index() -> None:
@@ -235,6 +261,7 @@ MANY = planned(
 def situations(draw: st.DrawFn) -> tuple[Known, Profile]:
     """Any state of any stage, likely or not, with any limits of a cluster."""
     stages = MANY.stages()
+    assert len(stages) > 40
     words = st.sampled_from(["missing", "missing", "missing", "done", "live", "blocked"])
     states = dict(zip(stages, draw(st.lists(words, min_size=len(stages), max_size=len(stages))), strict=True))
     live = {stage: f"{900 + number // 4}_{number % 4}" for number, stage in enumerate(stages)}
@@ -242,6 +269,7 @@ def situations(draw: st.DrawFn) -> tuple[Known, Profile]:
         done={stage for stage in stages if states[stage] == "done"},
         live={stage: live[stage] for stage in stages if states[stage] == "live"},
         blocked={stage for stage in stages if states[stage] == "blocked"},
+        has_report=draw(st.booleans()),
     )
     limits = {"array_max": draw(st.integers(1, 5)), "prepare_parts": draw(st.integers(1, 3))}
     return known, profile(**limits)
@@ -262,10 +290,12 @@ def possible(known: Known) -> set[Stage]:
 def awaits(array: Array, index: int, upstream: tuple[int, int] | str) -> bool:
     """Whether element `place` of an array waits for an element of another, or a job of SLURM's, to end well."""
     if isinstance(upstream, str):
-        return Need(kind="afterok", job=upstream) in array.needs
-    number, element = upstream
-    exactly = Need(kind="afterok", array=number, element=element)
-    own = Need(kind="aftercorr", array=number)
+        job, _, place = upstream.partition("_")
+        element = int(place)
+        exactly, own = Need(kind="afterok", job=job, element=element), Need(kind="aftercorr", job=job)
+    else:
+        number, element = upstream
+        exactly, own = Need(kind="afterok", array=number, element=element), Need(kind="aftercorr", array=number)
     return exactly in array.needs or (own in array.needs and index == element)
 
 
@@ -290,15 +320,14 @@ def test_every_state_is_completed_once_and_in_order(situation: tuple[Known, Prof
         for need in array.needs:
             assert (need.array is None) != (need.job is None)
             assert need.array is None or need.array < array.number
-            if need.kind == "aftercorr":
-                assert need.array is not None
+            if need.kind == "aftercorr" and need.array is not None:
                 awaited = {element.index for element in arrays[need.array].elements}
                 assert {element.index for element in array.elements} <= awaited
             if need.job is not None:
-                jobs = known.live.values()
-                assert need.job in (jobs if need.kind == "afterok" else [job.partition("_")[0] for job in jobs])
+                assert need.job in {job.partition("_")[0] for job in known.live.values()}
     assert place.keys() == possible(known)
     assert_parts_are_whole(arrays, asked, place)
+    assert bool(arrays) == bool(place or (known.live and not known.has_report))
     if arrays:
         assert [array.job for array in arrays].count("report") == 1
         assert arrays[-1].job == "report"

@@ -12,7 +12,6 @@ import pytest
 from cluster import LOCAL, NODES, Cluster, command, slurm
 
 pytestmark = pytest.mark.slurm
-pytest_plugins = ["cluster"]
 
 
 def roots(cluster: Cluster) -> dict[str, int]:

@@ -299,6 +299,15 @@ def test_a_stopped_job_is_queued_again(machine: Machine) -> None:
     assert requeued(machine) == [["requeue", machine.job]]
 
 
+@pytest.mark.parametrize("command", ["squeue", "scontrol"])
+def test_a_busy_controller_is_asked_again_for_another_attempt(machine: Machine, command: str) -> None:
+    machine.slurm.fault(command, "Unable to contact slurm controller", at=1)
+    process = machine.start(machine.order(), RUN=75)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert requeued(machine) == [["requeue", machine.job]] * (2 if command == "scontrol" else 1)
+
+
 def test_what_was_lost_is_queued_again_though_no_process_asked_for_it(machine: Machine) -> None:
     assert machine.run(machine.order(), RUN=137, AFTER=75) == 75
     assert requeued(machine) == [["requeue", machine.job]]

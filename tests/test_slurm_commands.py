@@ -1,4 +1,4 @@
-"""A sweep handed to SLURM: jobs sent twice or never, or of somebody else cancelled, when SLURM or we fail half-way."""
+"""A sweep handed to SLURM: jobs sent twice, or never, or somebody else's cancelled, when one of us fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fake_slurm import FakeSlurm
 from test_graph import planned
 
 from packcli.errors import ConfigError, LockedError, MissingError, OutOfMemoryError, QuarantinedError
-from packcli.files import locked, write_json
+from packcli.files import locked, read_json, write_json
 from packcli.launch import cluster, life, slurm
 from packcli.launch.graph import Stage
 from packcli.launch.profile import Profile
@@ -24,8 +24,9 @@ from packcli.store import Store
 
 TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 FULL = (
-    "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS "
-    "policy (job submit limit, user's size and/or time limits)"
+    "sbatch: error: AssocMaxSubmitJobLimit\n"
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy "
+    "(job submit limit, user's size and/or time limits)"
 )
 REFUSED = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
 
@@ -113,8 +114,8 @@ def test_two_who_submit_at_once_do_not_send_everything_twice(site: Site) -> None
 
 @pytest.mark.parametrize(
     ("call", "accepts", "sent"),
-    [(1, True, 1), (2, False, 1), (2, True, 2), (3, True, 3)],
-    ids=["first job, before it was noted", "between two", "second job, before it was noted", "third job"],
+    [(1, True, 1), (2, False, 1), (3, True, 3)],
+    ids=["after the first job, before it was noted", "between two jobs", "after the last but one"],
 )
 def test_what_a_killed_submission_left_is_completed_by_the_next(
     site: Site,
@@ -127,25 +128,32 @@ def test_what_a_killed_submission_left_is_completed_by_the_next(
 ) -> None:
     sweep = tiny_sweep(eval={"tasks": ["tiny_copy"]})
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"partition": "gpu"}))
-    command = ("sweep", sweep, "--on", "site.yaml", "--json")
     site.slurm.fault("sbatch", "", at=call, accepts=accepts, kills=True)
-    assert run_cli(*command, cwd=tmp_path, env=site.slurm.env).code == -9
+    assert run_cli("sweep", sweep, "--on", "site.yaml", cwd=tmp_path, env=site.slurm.env).code == -9
     assert len(site.slurm.jobs()) == sent
-    noted = list((tmp_path / "runs" / "slurm").glob("*/*/job.json"))
+    noted = list(site.store.root.glob("slurm/*/*/submitted.json"))
     assert len(noted) == sent - accepts
-    done = run_cli(*command, cwd=tmp_path, env=site.slurm.env)
-    assert done.code == 0, done.stderr
-    kinds = ["prepare", "train", "eval"]
-    assert [item["kind"] for item in done.json()["submitted"]] == [*kinds[sent:], "report"][: 4 - sent]
-    assert [kind for kind, _ in site.accepted()] == [*kinds, "report"][: max(4, sent)]
-    stages = [stage for _, found in site.accepted() for stage in found]
-    assert len(stages) == len(set(stages))
+    site.plan = Plan.model_validate(read_json(site.store.plan_file("tiny_test")))
+    outcome = site.submit()
+    kinds = ["prepare", "train", "eval", "report"]
+    assert [item.array.job for item in outcome.sent] == kinds[sent:]
+    assert [kind for kind, _ in site.accepted()] == kinds
+    site.assert_all_once()
     # Each waits for the jobs of the first submission by their ids.
     waits = [job["options"].get("dependency", "") for job in site.slurm.jobs()]
-    assert waits[0] == ""
-    assert waits[1] == "afterok:100_0"
-    assert set(waits[2].split(",")) <= {"aftercorr:101", "afterok:101_0", "afterok:101_1"}
-    assert set(waits[3].split(",")) == {"afterany:100", "afterany:101", "afterany:102"}
+    assert waits[:3] == ["", "afterok:100_0", "aftercorr:101"]
+    assert set(waits[3].split(",")) <= {"afterany:100", "afterany:101", "afterany:102"}
+
+
+def test_the_table_of_a_sweep_does_not_wait_for_another_sweep(site: Site) -> None:
+    site.submit()
+    other = planned(arm=["sorted"]).model_copy(update={"name": "another"})
+    site.submit(other)
+    *_, prepare, train, score, report = site.slurm.jobs()
+    own = {f"afterany:{job['id']}" for job in (prepare, train, score)}
+    assert set(report["options"]["dependency"].split(",")) == {"afterany:100", *own}, (
+        "100 makes their common tokens"
+    )
 
 
 # SLURM fails -------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from packcli.plan import Plan
 from packcli.store import Store
 
 pytestmark = pytest.mark.slurm
-pytest_plugins = ["cluster"]
 soak = pytest.mark.skipif("PACKCLI_SOAK" not in os.environ, reason="minutes; `make soak` runs it")
 
 MODEL = {"name": "tiny", "base": {"train": {"steps": 4}}}
@@ -342,7 +341,7 @@ def test_a_rank_that_is_killed_is_another_attempt_and_three_of_them_are_enough(
 # Submission ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", ["job.json:before", "job.json:after"])
+@pytest.mark.parametrize("point", ["submitted.json:before", "submitted.json:after"])
 def test_a_submission_that_is_killed_half_way_is_completed_and_no_job_comes_twice(
     cluster: Cluster, base: Path, tmp_path: Path, point: str
 ) -> None:

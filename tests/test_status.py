@@ -149,6 +149,17 @@ def test_a_cancelled_job_is_not_called_a_failure(sent: Sent) -> None:
     assert "cancelled" in shown(document)
 
 
+def test_jobs_cancelled_before_they_began_are_found_in_the_list_that_slurm_writes(sent: Sent) -> None:
+    """As sacct 22.05 answers: elements that never ran share a line, and it knows no `--array`."""
+    job, _ = sent.jobs["train", sent.plan.cells[0].train]
+    for stage in sent.jobs:
+        sent.set(stage, "CANCELLED")
+    answer = f"case $* in *--array*) exit 1;; esac\necho '{job}_[0-1%2]|CANCELLED by 0'\n"
+    (sent.slurm.bin / "sacct").write_text(f"#!/bin/sh\n{answer}")
+    told = sent.seen()
+    assert {told["train", cell.train]["state"] for cell in sent.plan.cells} == {"cancelled"}
+
+
 def test_a_job_submitted_while_we_look_is_not_called_lost(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
     there, asked = slurm.live(), []
 
@@ -237,7 +248,7 @@ def test_status_of_a_queued_sweep_is_one_json_document(run_cli: Run, submitted: 
 
 def test_a_stage_that_began_before_slurm_fell_silent_is_not_called_failed(sent: Sent) -> None:
     stage = ("train", sent.plan.cells[0].train)
-    sent.attempt(stage, None)
+    sent.attempt(stage, "preempted")
     document = status.collect(sent.plan, sent.store, watch.jobs(sent.plan, sent.store, None))
     train = document["cells"][0]["stages"]["train"]
     assert (train["state"], train["job"]["state"]) == ("pending", "unknown")

@@ -83,6 +83,11 @@ class View:
         element = order.array.at(seen.element)
         return () if element.part else element.stages
 
+    def has_report(self, sweep: str) -> bool:
+        """Whether the table of a sweep is to be made when its jobs have ended."""
+        orders = [self.order(seen.array) for seen in self.live]
+        return any(order is not None and order.array.job == "report" and order.sweep == sweep for order in orders)
+
     @cached_property
     def by_stage(self) -> dict[Stage, Seen]:
         return {stage: seen for seen in self.live for stage in self.stages(seen)}
@@ -116,7 +121,7 @@ def known(plan: Plan, store: Store, profile: Profile, view: View | None, sizes: 
     """What need not be submitted."""
     live = {stage: seen.job for stage, seen in view.by_stage.items()} if view else {}
     stages = plan.stages()
-    states = {stage: store.state(*stage) for stage in stages}
+    states = store.states(stages)
     done = {stage for stage in stages if states[stage] == "done"}
     blocked = {
         stage
@@ -125,9 +130,10 @@ def known(plan: Plan, store: Store, profile: Profile, view: View | None, sizes: 
     }
     return Known(
         done=done,
-        live={stage: job for stage, job in live.items() if stage not in done},
+        live={stage: live[stage] for stage in stages if stage in live and stage not in done},
         blocked=blocked,
         source_bytes=sizes,
+        has_report=view is not None and view.has_report(plan.name),
     )
 
 
@@ -183,7 +189,8 @@ def submit(plan: Plan, store: Store, profile: Profile, sizes: dict[str, int], *,
         if retry:
             _forget(plan, store, view)
         found = known(plan, store, profile, view, sizes)
-        mine = [seen for seen in view.live if set(view.stages(seen)) & set(plan.stages())]
+        wanted = set(plan.stages())
+        mine = [seen for seen in view.live if wanted.intersection(view.stages(seen))]
         outcome = Outcome(skipped=sorted(found.blocked), live=len(mine))
         outcome.failures += [_blocked(store, stage) for stage in outcome.skipped]
         arrays = graph.graph(plan, profile, found)
@@ -225,7 +232,7 @@ class _Submission:
             is_report = order.array.job == "report"
             if not is_report and any(number not in self._jobs for number in needs):
                 continue
-            if is_report and not self._jobs:
+            if is_report and needs and not self._jobs:
                 continue
             try:
                 self._send(order)

@@ -133,7 +133,7 @@ class _Follower:
                 counts.running += 1
             else:
                 counts.queued += 1
-                counts.reasons[item.seen.reason or "no reason given"] += 1
+                counts.reasons.update([item.seen.reason] if item.seen.reason else [])
         return counts
 
     def _progress(self, item: Live) -> Progress | None:

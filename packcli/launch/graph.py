@@ -17,6 +17,8 @@ from packcli.launch.profile import Profile, StageName
 from packcli.plan import Kind, Plan
 
 Stage = tuple[Kind, str]
+_Source = tuple[int | None, str | None]
+"""What is waited for: an array of the same graph by its number, or one of SLURM's by its id."""
 
 
 class Element(Spec):
@@ -32,7 +34,7 @@ class Element(Spec):
 
 
 class Need(Spec):
-    """A dependency as SLURM has it, on array `array` of the same graph or on a job there already.
+    """A dependency as SLURM has it, on array `array` of the same graph or on `job`, an array there already.
 
     `element`: which of the array; None: all, or with `aftercorr` each its own.
     """
@@ -41,6 +43,10 @@ class Need(Spec):
     array: int | None = None
     element: int | None = None
     job: str | None = None
+
+    @property
+    def source(self) -> _Source:
+        return self.array, self.job
 
 
 class Array(Spec):
@@ -64,14 +70,16 @@ class Array(Spec):
 class Known:
     """What need not be submitted.
 
-    `done`: stages on disk. `live`: stages that a job of SLURM's is to do, and that job. `blocked`: stages that
-    failed in a way that trying again does not mend. `source_bytes`: size of a token store's local sources.
+    `done`: stages on disk. `live`: stages that a job of SLURM's is to do, and that job, as ARRAY_ELEMENT.
+    `blocked`: stages that failed in a way that trying again does not mend. `source_bytes`: size of a token store's
+    local sources. `has_report`: a job is to make the table when what is live has ended.
     """
 
     done: AbstractSet[Stage] = frozenset()
     live: Mapping[Stage, str] = field(default_factory=dict)
     blocked: AbstractSet[Stage] = frozenset()
     source_bytes: Mapping[str, int] = field(default_factory=dict)
+    has_report: bool = False
 
 
 def graph(plan: Plan, profile: Profile, known: Known) -> tuple[Array, ...]:
@@ -104,6 +112,9 @@ class _Graph:
         self._place: dict[Stage, tuple[int, int]] = {}
         self._lost = set(known.blocked)
         self._names = names(plan)
+        self._indexes: dict[str, list[Stage]] = {}
+        for id_, index in plan.indexes.items():
+            self._indexes.setdefault(index.tokens, []).append(("index", id_))
         self._scoring: dict[str, list[Stage]] = {}
         for id_, order in plan.evals.items():
             if self._is_missing(("eval", id_)):
@@ -114,9 +125,7 @@ class _Graph:
     def prepare(self, tokens: str) -> None:
         """A token store and all its row indexes, which take milliseconds each, are one job."""
         store: Stage = ("tokens", tokens)
-        indexes: list[Stage] = [
-            ("index", id_) for id_, order in self._plan.indexes.items() if order.tokens == tokens
-        ]
+        indexes = self._indexes.get(tokens, [])
         missing = [stage for stage in (store, *indexes) if self._is_missing(stage)]
         if not missing or not self._can(missing[0]):
             return self._lose(indexes if missing else [])
@@ -164,7 +173,7 @@ class _Graph:
         jobs = dict.fromkeys(job.partition("_")[0] for job in self._known.live.values())
         needs = [Need(kind="afterany", job=job) for job in jobs]
         needs += [Need(kind="afterany", array=array.number) for array in self.arrays]
-        if self.arrays:
+        if self.arrays or (jobs and not self._known.has_report):
             self._add("report", Element(name="report", stages=()), tuple(needs))
 
     # Arrays --------------------------------------------------------------------------------------------
@@ -214,7 +223,8 @@ class _Graph:
         needs: dict[Need, None] = {}
         for upstream in self._inputs(stage):
             if (job := self._known.live.get(upstream)) is not None:
-                needs[Need(kind="afterok", job=job)] = None
+                there, _, index = job.partition("_")
+                needs[Need(kind="afterok", job=there, element=int(index))] = None
             elif upstream in self._place:
                 array, element = self._place[upstream]
                 needs[Need(kind="afterok", array=array, element=element)] = None
@@ -236,9 +246,9 @@ def arrange(group: Sequence[_Waiting], most: int) -> list[_Arranged]:
     the same index in one other array. Where elements wait for different elements of that array, either those that
     wait for the same one are an array, or one each that wait for different ones; whichever makes fewer arrays.
     """
-    alike: dict[tuple[int | None, ...], list[_Waiting]] = {}
+    alike: dict[tuple[_Source, ...], list[_Waiting]] = {}
     for element, needs in group:
-        alike.setdefault(tuple(need.array for need in needs), []).append((element, needs))
+        alike.setdefault(tuple(need.source for need in needs), []).append((element, needs))
     return [arranged for members in alike.values() for arranged in _arranged(members, most)]
 
 
@@ -247,7 +257,7 @@ def _arranged(group: Sequence[_Waiting], most: int) -> list[_Arranged]:
     varying = _varying(group)
     alike: dict[tuple[Need, ...], dict[Need | None, list[Element]]] = {}
     for element, needs in group:
-        own = next((need for need in needs if varying is not None and need.array == varying), None)
+        own = next((need for need in needs if need.source == varying), None)
         others = tuple(need for need in needs if need is not own)
         alike.setdefault(others, {}).setdefault(own, []).append(element)
     arrays: list[_Arranged] = []
@@ -258,7 +268,8 @@ def _arranged(group: Sequence[_Waiting], most: int) -> list[_Arranged]:
                     waits = others if own is None else (*others, own)
                     arrays.append((_numbered(elements[start : start + most]), waits))
             continue
-        corresponding = Need(kind="aftercorr", array=varying)
+        array, job = varying or (None, None)
+        corresponding = Need(kind="aftercorr", array=array, job=job)
         for layer in range(max(map(len, by_own.values()))):
             found = {
                 own.element or 0: elements[layer]
@@ -266,18 +277,19 @@ def _arranged(group: Sequence[_Waiting], most: int) -> list[_Arranged]:
                 if own is not None and layer < len(elements)
             }
             members = [found[index].model_copy(update={"index": index}) for index in sorted(found)]
-            arrays.append((members, (*others, corresponding)))
+            for start in range(0, len(members), most):  # a live array may be longer than a profile now allows
+                arrays.append((members[start : start + most], (*others, corresponding)))
     return arrays
 
 
-def _varying(group: Sequence[_Waiting]) -> int | None:
+def _varying(group: Sequence[_Waiting]) -> _Source | None:
     """The array of which the group waits for the most different elements, if for more than one."""
-    found: dict[int, set[int]] = {}
+    found: dict[_Source, set[int]] = {}
     for _, needs in group:
         for need in needs:
-            if need.array is not None and need.element is not None:
-                found.setdefault(need.array, set()).add(need.element)
-    widest = max(found, key=lambda array: len(found[array]), default=None)
+            if need.element is not None:
+                found.setdefault(need.source, set()).add(need.element)
+    widest = max(found, key=lambda source: len(found[source]), default=None)
     return widest if widest is not None and len(found[widest]) > 1 else None
 
 

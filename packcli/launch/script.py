@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from packcli.config import Spec
-from packcli.errors import ConfigError, PreemptedError
+from packcli.errors import ConfigError, MissingError, PreemptedError
 from packcli.launch.graph import Array
 from packcli.launch.profile import Profile, Resources
+
+_LAST_NODE_S = 300
 
 COMMENT = "packcli:"
 """Begins the comment of every job of ours; the array's id follows, by which a job is found again."""
@@ -72,7 +75,10 @@ def text(order: Submitted, dependency: str | None) -> str:
 
 
 def _executor(directory: str) -> Any:
-    from submitit import SlurmExecutor
+    try:
+        from submitit import SlurmExecutor
+    except ModuleNotFoundError:
+        raise MissingError("a cluster's scripts are written by submitit", "pip install 'packcli[slurm]'") from None
 
     class Executor(SlurmExecutor):
         """submitit's writer of scripts, for a command of ours: pickles of functions would be files more, and a
@@ -143,12 +149,17 @@ def _before(order: Submitted) -> list[str]:
 
 
 def _after(order: Submitted) -> list[str]:
+    # A busy controller is asked again; a job that was cancelled meanwhile is left as it is.
     return [
         f'{_once(order, "after")} "$?"',
         "code=$?",
-        f'if [ "$code" = {PreemptedError.exit_code} ] '
-        '&& [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script',
+        f'if [ "$code" = {PreemptedError.exit_code} ]; then',
+        "    for pause in 0 5 15 30; do",
+        '        sleep "$pause"',
+        '        state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) || continue',
+        '        [ "$state" = RUNNING ] || break',
+        '        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && break  # SLURM ends this script',
+        "    done",
         "fi",
         'exit "$code"',
     ]
@@ -169,7 +180,13 @@ def _once(order: Submitted, what: str) -> str:
 def _srun_arguments(order: Submitted) -> list[str]:
     cpus = order.resources.cpus_per_task
     # Since SLURM 22.05 srun no longer takes the processors over from sbatch; nor does it append by itself.
-    return ["--open-mode=append", *([f"--cpus-per-task={cpus}"] if cpus else []), *_container(order)]
+    # Nodes end together, or one is lost and the others wait for it in vain.
+    return [
+        "--open-mode=append",
+        f"--wait={_LAST_NODE_S}",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        *_container(order),
+    ]
 
 
 def _container(order: Submitted) -> list[str]:
@@ -181,12 +198,13 @@ def _container(order: Submitted) -> list[str]:
     return [f"--container-image={container.image}", *mounts, *workdir]
 
 
-def torchrun(order: Submitted, sweep_file: str) -> str:
-    """What starts the ranks of a training by hand on each node: packcli gives them the same environment."""
+def torchrun(order: Submitted, sweep_file: str, labels: Mapping[str, str]) -> str:
+    """What trains the cell of these labels by hand on each node: packcli gives ranks the same environment."""
     resources = order.resources
     first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+    only = " ".join(f"--only {shlex.quote(f'{axis}={value}')}" for axis, value in labels.items())
     words = ["--nnodes", str(order.array.nodes), "--nproc-per-node", str(resources.processes_per_node)]
     return (
         f'torchrun {" ".join(words)} --node-rank "$SLURM_NODEID" --master-addr {first} --master-port 29400 '
-        f"-m packcli train {shlex.quote(sweep_file)} --runs {shlex.quote(order.runs)}"
+        f"-m packcli train {shlex.quote(sweep_file)} {only} --runs {shlex.quote(order.runs)}"
     )

@@ -36,9 +36,17 @@ def planned(
             job: script.text(order, cluster.dependency(order.array, numbers)) for job, order in first.items()
         },
         "torchrun": {
-            job: script.torchrun(order, sweep_file) for job, order in first.items() if job in ("base", "train")
+            job: script.torchrun(order, sweep_file, _labels(plan, order))
+            for job, order in first.items()
+            if job in ("base", "train")
         },
     }
+
+
+def _labels(plan: Plan, order: Submitted) -> dict[str, str]:
+    """Of the first cell that the first element of an array trains, or trains the base of."""
+    id_ = order.array.elements[0].stages[0][1]
+    return next(cell.labels for cell in plan.cells if id_ in (cell.train, plan.trains[cell.train].base))
 
 
 def _array(order: Submitted) -> dict[str, Any]:
@@ -75,10 +83,17 @@ def graph_table(document: dict[str, Any]) -> Table:
             f"{array['at_once']:,}",
             f"{array['nodes']} x {array['gpus_per_node']}",
             duration(60 * array["time_min"]),
-            "; ".join(_words(Need(**need)) for need in array["after"]) or "nothing",
+            _waits(array),
             escape(array["elements"][0]["name"]),
         )
     return shown
+
+
+def _waits(array: dict[str, Any]) -> str:
+    needs = [Need(**need) for need in array["after"]]
+    if array["job"] == "report":
+        return "the end of all others"
+    return "; ".join(map(_words, needs)) or "nothing"
 
 
 def _words(need: Need) -> str:
@@ -86,8 +101,6 @@ def _words(need: Need) -> str:
     match need.kind:
         case "aftercorr":
             return f"{which}, each its own"
-        case "afterany":
-            return f"the end of {which}"
         case _:
             return which + (f", element {need.element}" if need.element is not None else "")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ _BUSY = re.compile(
 _FULL = re.compile(
     r"job limit|submit limit|QOSMaxSubmit|AssocMaxSubmit|AssocGrpSubmit|violates accounting", re.IGNORECASE
 )
+# What a test says of nodes that are too few for ever, but also of nodes that are down just now.
+_NOT_NOW = re.compile(r"node configuration is not available|not available now|busy|down, drained", re.IGNORECASE)
 _NEVER = "DependencyNeverSatisfied"
 _QUEUED = frozenset(
     {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESV_DEL_HOLD"}
@@ -106,15 +109,25 @@ def ended(jobs: Collection[str]) -> dict[str, str]:
     """How the elements of these arrays (SLURM's ids) ended, in a few words; empty without accounting."""
     if not jobs or shutil.which("sacct") is None:
         return {}
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--array", "--format=JobID,State"]
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
     answer = _call([*command, "--jobs", ",".join(sorted(jobs))])
     found = {}
     for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
         job, _, state = line.partition("|")
         word = state.partition(" ")[0]
         if word not in _QUEUED and word not in _AT_WORK:  # accounting may be late
-            found[job] = _WORDS.get(word, state.lower())
+            found.update(dict.fromkeys(_elements(job), _WORDS.get(word, state.lower())))
     return found
+
+
+def _elements(job: str) -> Iterator[str]:
+    """Elements that never ran come together, as in `27_[2-5,8%2]`."""
+    array, bracket, spans = job.partition("_[")
+    if not bracket:
+        yield job
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", spans.partition("%")[0]):
+        for element in range(int(first), int(last or first) + 1, int(step or 1)):
+            yield f"{array}_{element}"
 
 
 def submit(script: Path, find: Callable[[], str | None]) -> str:
@@ -139,7 +152,9 @@ def submit(script: Path, find: Callable[[], str | None]) -> str:
 def check(script: Path) -> PackcliError | None:
     """What SLURM has against a script, without submitting it; None where it would take it, sooner or later."""
     answer = _call(["sbatch", "--test-only", str(script)])
-    error = _refusal(answer.stderr) if answer.returncode else None
+    if not answer.returncode or _NOT_NOW.search(answer.stderr):
+        return None
+    error = _refusal(answer.stderr)
     return error if isinstance(error, ConfigError) else None
 
 
@@ -194,8 +209,11 @@ def _patient(command: list[str], tries: int = _TRIES) -> subprocess.CompletedPro
 
 
 def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # long lists of elements whole, not with `...`
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer: socket timed out")
     except FileNotFoundError:

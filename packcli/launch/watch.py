@@ -37,7 +37,7 @@ def live(plan: Plan, store: Store, view: View) -> dict[str, Live]:
 
     A report counts where all that it waits for is in `plan`.
     """
-    wanted, reports, found = set(plan.stages()), {}, {}
+    wanted, begun, reports, found = set(plan.stages()), store.begun(), {}, {}
     for seen in view.live:
         order = view.order(seen.array)
         assert order is not None
@@ -48,7 +48,8 @@ def live(plan: Plan, store: Store, view: View) -> dict[str, Live]:
             if reports[order.submission]:
                 found[seen.job] = Live(seen, order.array.job, element, ())
         elif wanted & set(element.stages):
-            attempts = life.read(store, element.stages[0]).attempts if element.part is None else ()
+            lead = element.stages[0]
+            attempts = life.read(store, lead).attempts if element.part is None and lead in begun else ()
             found[seen.job] = Live(seen, order.array.job, element, attempts)
     return found
 
@@ -72,7 +73,7 @@ def jobs(plan: Plan, store: Store, view: View | None) -> dict[Stage, dict[str, A
         view = View(store, patient=False)
         lost = {stage: seen for stage, seen in lost.items() if stage not in view.by_stage}
     found: dict[Stage, dict[str, Any]] = {}
-    for stage in missing:
+    for stage in missing & store.begun():
         if attempts := life.read(store, stage).attempts:
             found[stage] = _of_attempt(attempts, is_known=view is not None)
     for stage, seen in lost.items():
@@ -99,7 +100,7 @@ def _of_attempt(attempts: tuple[Attempt, ...], *, is_known: bool) -> dict[str, A
     last = attempts[-1]
     return {
         "id": last.job,
-        "state": "ended" if is_known or last.how is not None else "unknown",
+        "state": "ended" if is_known else "unknown",
         "reason": last.how or (slurm.NO_RESULT if is_known else ""),
         "nodes": ",".join(last.nodes),
         "attempt": len(attempts),

@@ -16,8 +16,8 @@ from packcli.files import read_json
 from packcli.plan import TokensOrder, TrainOrder
 from packcli.store import Store
 
-_TAIL_BYTES = 1 << 14
-_RECENT_STEPS = 20
+_TAIL_BYTES = 1 << 15
+_RECENT_STEPS = 50
 
 
 @dataclass(frozen=True, slots=True)

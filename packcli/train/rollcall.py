@@ -75,9 +75,10 @@ class Board:
         try:
             self.store.set(keys[self.rank], orjson.dumps(value))
             missing = self._missing(what, keys)
-            if not missing:
-                return [orjson.loads(found) for found in self.store.multi_get(keys)]
+            found = [] if missing else [orjson.loads(one) for one in self.store.multi_get(keys)]
             self._all_have_read(what, missing)
+            if not missing:
+                return found
         except dist.DistStoreError:  # rank 0 decided nothing in time
             missing = [0]
         except dist.DistError as error:
@@ -100,7 +101,7 @@ class Board:
         return found
 
     def _all_have_read(self, what: str, missing: list[int]) -> None:
-        """The store ends with rank 0: it stays until the others know why."""
+        """The store ends with rank 0, which what it read may make fail: it stays until the others know, too."""
         self.store.set(f"{what}/read/{self.rank}", b"")
         if self.rank == 0:
             there = [number for number in range(self.world) if number not in missing]

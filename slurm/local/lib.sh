@@ -1,5 +1,5 @@
 # Shared by the commands beside it. A machine of the cluster (`head`, or a node) is a set of namespaces whose
-# process 1 is `machine`: it lives as a whole or not at all, and is found by its label, so no pid file can be stale.
+# process 1 is `machine`: it lives as a whole or not at all, and is found by its label: no pid file can be stale.
 set -euo pipefail
 umask 022
 export PATH="$PATH:/usr/sbin:/sbin"

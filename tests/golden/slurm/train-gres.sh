@@ -34,13 +34,18 @@ set +e
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/slurm/0a1b2c3d/array-5/%A_%a_%t_log.out --open-mode=append --cpus-per-task=64 /opt/packcli/bin/python -u -m packcli.launch.job run /shared/runs/slurm/0a1b2c3d/array-5
+srun --unbuffered --output /shared/runs/slurm/0a1b2c3d/array-5/%A_%a_%t_log.out --open-mode=append --wait=300 --cpus-per-task=64 /opt/packcli/bin/python -u -m packcli.launch.job run /shared/runs/slurm/0a1b2c3d/array-5
 
 
 # teardown
 /opt/packcli/bin/python -u -m packcli.launch.job after /shared/runs/slurm/0a1b2c3d/array-5 "$?"
 code=$?
-if [ "$code" = 75 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script
+if [ "$code" = 75 ]; then
+    for pause in 0 5 15 30; do
+        sleep "$pause"
+        state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) || continue
+        [ "$state" = RUNNING ] || break
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && break  # SLURM ends this script
+    done
 fi
 exit "$code"
