@@ -19,7 +19,7 @@ from packcli.errors import ConfigError, MissingError, OutOfMemoryError, PackcliE
 from packcli.processes import GRACE_S
 
 if TYPE_CHECKING:
-    from packcli.launch.cluster import View
+    from packcli.launch.cluster import Outcome, View
     from packcli.launch.profile import Profile
     from packcli.plan import Plan
     from packcli.store import Store
@@ -350,16 +350,16 @@ def sweep(
     On a cluster: submit all that is missing, and return; the jobs end with the table.
     """
     from packcli import stages
-    from packcli.launch import local
+    from packcli.launch import cluster, local
     from packcli.launch.profile import load as load_profile
 
     profile = None if on == "local" else load_profile(Path(on))
     if profile is None and (wait or retry):
         raise ConfigError("--wait and --retry are for a cluster", "name its profile: --on slurm/PROFILE.yaml")
-    if profile is not None and (nproc_per_node is not None or grace != GRACE_S or allow_fallback):
+    if profile is not None and (nproc_per_node is not None or grace != GRACE_S):
         raise ConfigError(
-            "--nproc-per-node, --grace and --allow-fallback are for this machine",
-            f"a cluster's profile says so: `processes_per_node`, `signal_s` in {on}",
+            "--nproc-per-node and --grace are for this machine",
+            f"on a cluster its profile says so: `processes_per_node` and `signal_s` in {on}",
         )
     plan, store = _open(sweep, set_, only, runs)
     for problem in stages.preflight(plan, store):
@@ -368,7 +368,9 @@ def sweep(
         _dry_run(plan, store, profile, sweep, json)
         return
     if profile is not None:
-        _on_cluster(plan, store, profile, sweep, wait=wait, retry=retry, json=json)
+        sizes = stages.source_bytes(plan)
+        outcome = cluster.submit(plan, store, profile, sizes, retry=retry, fallback=allow_fallback)
+        _submitted(plan, store, outcome, sweep, wait=wait, json=json)
         return
     failures = local.run(
         plan, store, plan.stages(), processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
@@ -413,13 +415,9 @@ def _jobs_there(store: Store) -> View | None:
         return None
 
 
-def _on_cluster(
-    plan: Plan, store: Store, profile: Profile, sweep: Path, *, wait: bool, retry: bool, json: bool
-) -> None:
-    from packcli import stages
+def _submitted(plan: Plan, store: Store, outcome: Outcome, sweep: Path, *, wait: bool, json: bool) -> None:
     from packcli.launch import cluster, show
 
-    outcome = cluster.submit(plan, store, profile, stages.source_bytes(plan), retry=retry)
     document = show.outcome(outcome, outcome.live)
     if json and not wait:
         _print(document)

@@ -139,16 +139,22 @@ def test_top_makes_other_jobs_than_trainings_wide(load: Load) -> None:
 def test_what_a_stage_says_itself_is_not_taken(load: Load) -> None:
     read = load(
         "nodes: 4\ngpus_per_node: 8\nsetup: [a]\nenvironment: {A: 1, B: 1}\nsbatch: {nice: 1}\n"
-        "stages: {eval: {nodes: 2, gpus_per_node: 4, exclusive: true, setup: [b], environment: {B: 2},"
-        " sbatch: {hold: true}}, base: {gpus_per_node: 0}}\n"
+        "stages: {base: {nodes: 2, gpus_per_node: 4, exclusive: true, setup: [b], environment: {B: 2},"
+        " sbatch: {hold: true}}, eval: {gpus_per_node: 0}}\n"
     )
-    asked = read.resources("eval")
+    asked = read.resources("base")
     assert (asked.nodes, asked.gpus_per_node, asked.processes_per_node, asked.exclusive) == (2, 4, 4, True)
     assert asked.setup == ("b",)
     assert asked.environment == {"A": "1", "B": "2"}
     assert asked.sbatch == {"nice": "1", "hold": True}
-    assert read.resources("base").gpus_per_node == 0
+    assert read.resources("eval").gpus_per_node == 0
     assert read.resources("train").setup == ("a",)
+
+
+@pytest.mark.parametrize("stage", ["parts", "prepare", "eval", "report"])
+def test_work_for_one_node_is_done_by_several_at_once(load: Load, stage: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{stage}` is work for one node, not 2"):
+        load(f"stages: {{{stage}: {{nodes: 2}}}}\n")
 
 
 def test_scoring_waits_for_a_gpu_where_there_is_none(load: Load) -> None:

@@ -173,8 +173,18 @@ def orders(
     ]
 
 
-def submit(plan: Plan, store: Store, profile: Profile, sizes: dict[str, int], *, retry: bool = False) -> Outcome:
+def submit(
+    plan: Plan,
+    store: Store,
+    profile: Profile,
+    sizes: dict[str, int],
+    *,
+    retry: bool = False,
+    fallback: bool = False,
+) -> Outcome:
     """Hand all that is missing to SLURM, and return.
+
+    `retry`: also what would only fail again. `fallback`: as `Submitted` has it.
 
     Raises:
         ConfigError: SLURM would refuse a script; nothing was submitted.
@@ -198,7 +208,9 @@ def submit(plan: Plan, store: Store, profile: Profile, sizes: dict[str, int], *,
             store.write_plan(plan)
             submission = uuid.uuid4().hex[:8]
             write_json(store.submitted_plan(submission), plan.model_dump(mode="json"))
-            _Submission(store, orders(plan, store, profile, arrays, submission), outcome).run()
+            sent = orders(plan, store, profile, arrays, submission)
+            sent = [order.model_copy(update={"fallback": fallback}) for order in sent]
+            _Submission(store, sent, outcome).run()
     return outcome
 
 

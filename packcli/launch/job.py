@@ -162,7 +162,7 @@ class Job:
             self._wait_for_lock(order)
         store = self._staged(order)
         try:
-            ranks.run(order, store, group, ranks.Lines())
+            ranks.run(order, store, group, ranks.Lines(), fallback=self.order.fallback)
         except KilledError as error:
             if not _was_out_of_memory():
                 raise

@@ -272,6 +272,8 @@ def _check(profile: Profile, lines: Lines, problems: Problems) -> None:
                 f"`signal_s: {profile.signal_s}` is not shorter than the {asked.time_min} min of `{stage}`: "
                 "a job would be told to stop as it starts",
             )
+        if asked.nodes > 1 and stage not in _TRAINING:
+            problems.add(where(stage, "nodes"), f"`{stage}` is work for one node, not {asked.nodes}")
         if 0 < asked.gpus_per_node < asked.processes_per_node:
             problems.add(
                 where(stage, "processes_per_node"),

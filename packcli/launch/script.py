@@ -24,7 +24,10 @@ COMMENT = "packcli:"
 
 
 class Submitted(Spec):
-    """All that a job needs to know. `runs` and `directory` (of the array) are absolute paths."""
+    """All that a job needs to know. `runs` and `directory` (of the array) are absolute paths.
+
+    `fallback`: a training whose newest checkpoint is damaged takes the one before.
+    """
 
     submission: str
     sweep: str
@@ -32,6 +35,7 @@ class Submitted(Spec):
     directory: str
     array: Array
     profile: Profile
+    fallback: bool = False
 
     @property
     def id(self) -> str:
