@@ -199,8 +199,8 @@ class Session:
         return f"{jobs:,} jobs in {arrays} arrays; {written}"
 
     def under_way(self) -> None:
-        self.run("", "prepare", *self.only, timed=False)
         plan = json.loads(self.store.plan_file(self.name).read_bytes())
+        self.run("", "prepare", *self.only, timed=False)
         chosen = {tuple(choice.split("=")) for choice in self.only[1::2]}
         running = [cell for cell in plan["cells"] if chosen & set(cell["labels"].items())]
         others = [cell for cell in plan["cells"] if cell not in running]
@@ -237,7 +237,7 @@ class Session:
         first = life.Attempt(job=job, restart=0, nodes=("node0",), started_s=0.0, began_at=0, how="preempted")
         attempts = (first, first.model_copy(update={"restart": 1, "how": None}))
         self._write(self.store.job("train", id_), life.Life(attempts=attempts).model_dump())
-        lines = [{"step": step, "loss": 3.0, "tokens": 5000, "step_s": 0.5} for step in range(1, 200)]
+        lines = [{"step": step, "loss": 3.0, "tokens": 5000, "step_s": 0.5} for step in range(1, 31)]
         self.store.metrics(id_).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @staticmethod

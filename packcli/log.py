@@ -33,6 +33,8 @@ def setup(level: int = logging.INFO) -> None:
 
 def plain(text: str) -> str:
     """`text` with control characters shown, so that data cannot drive the user's terminal."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

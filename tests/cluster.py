@@ -166,6 +166,6 @@ def _quiet_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "cluster" in request.fixturenames:
         # A test that was skipped for want of a cluster has none.
-        made = request.node.funcargs.get("cluster")
+        made = (request.node.funcargs or {}).get("cluster")
         if isinstance(made, Cluster):
             made.quiet()

@@ -95,6 +95,7 @@ def states(done: Done) -> dict[str, str]:
     return {item["name"]: item["state"] for item in done.json()["items"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_node_without_internet_runs_what_was_fetched_at_the_revision_fetched(
     run: Callable[..., Done], server: HubServer, tmp_path: Path, streaming: str
@@ -248,6 +249,7 @@ def test_a_machine_without_internet_says_in_seconds_what_it_lacks(run: Callable[
             assert "no copy of `o/n@main[train]`" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_takes_the_offline_nodes_along_there_and_back(
     run: Callable[..., Done], server: HubServer
 ) -> None:

@@ -229,6 +229,7 @@ def test_looking_away_is_no_failure_and_stops_nothing(sent: Sent, play: Callable
     assert sent.slurm.calls("scancel") == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_that_the_jobs_go_on_and_not_that_work_was_interrupted(
     tiny_sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def flip(path: Path) -> None:
 # Training ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_train_bitwise_the_same_from_copies_and_never_read_the_shared_shards(node: Node) -> None:
     ranks.run(node.order, node.store, ranks.Group(processes=2), silent)
     near = node.stage()

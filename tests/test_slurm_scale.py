@@ -17,10 +17,11 @@ from fake_slurm import COMMANDS
 from followed import Sent
 from test_graph import planned, profile
 
-from packcli.launch import cluster, watch
+from packcli.launch import cluster, local, watch
 from packcli.launch.cluster import View
 from packcli.plan import Plan
 from packcli.report import status
+from packcli.store import Store
 
 FEW, TIMES = 12, 4
 PACKAGE = str(Path(cluster.__file__).parents[1])
@@ -117,6 +118,14 @@ def test_status_asks_slurm_once_and_reads_no_file_for_a_job_that_has_not_begun(
         assert calls(sent) - before == Counter(squeue=1)
         assert look(sent)["total"] == {"queued": len(sent.plan.stages())}
     assert read[0] == read[1] == len(few.slurm.jobs()) + 1, "the order of each array, once, and their plan"
+
+
+def test_a_job_does_not_write_the_plan_of_all_jobs(tmp_path: Path) -> None:
+    plan, store = stores(1), Store(tmp_path / "runs")
+    [tokens] = plan.tokens
+    assert local.run(plan, store, [("tokens", tokens)], logs=tmp_path / "logs"), "its data is not there"
+    assert list((tmp_path / "logs").iterdir())
+    assert not store.plan_file(plan.name).exists()
 
 
 @SWEEPS

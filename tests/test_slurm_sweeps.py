@@ -271,6 +271,7 @@ def test_two_time_limits_cost_no_step_and_no_bit(
 
 
 @soak
+@pytest.mark.timeout(1800)
 def test_two_real_time_limits_cost_no_step_and_no_bit(cluster: Cluster, base: Path, tmp_path: Path) -> None:
     runs = {}
     for name, profile in (("limited", {"time": "1", "signal_s": 10, "nodes": 2}), ("free", {"nodes": 2})):

@@ -95,9 +95,11 @@ def test_a_torn_line_of_metrics_does_not_hide_how_far_a_training_is(sent: Sent) 
 
 def test_what_slurm_has_not_noticed_yet_is_done_all_the_same(sent: Sent) -> None:
     stage = ("train", sent.plan.cells[0].train)
-    sent.finish(stage)
     sent.set(stage, "COMPLETING", nodes="node0")
-    assert cells(sent)[0]["train"] == {"id": stage[1], "state": "done"}
+    told = sent.seen()
+    sent.finish(stage)
+    [first, _] = status.collect(sent.plan, sent.store, told)["cells"]
+    assert first["stages"]["train"] == {"id": stage[1], "state": "done"}
 
 
 def test_an_old_failure_does_not_hide_the_job_that_is_to_mend_it(sent: Sent) -> None:
@@ -115,6 +117,15 @@ def test_a_stage_that_this_machine_works_at_runs_without_a_job(tmp_path: Path) -
         document = status.collect(plan, store, watch.jobs(plan, store, None))
     found = document["cells"][0]["stages"]["train"]
     assert (found["state"], "job" in found) == ("running", False)
+
+
+def test_a_job_lost_long_ago_is_not_what_runs_here(sent: Sent) -> None:
+    stage = ("train", sent.plan.cells[0].train)
+    sent.set(stage, "NODE_FAIL")
+    told = sent.seen()
+    with locked(sent.store.directory(*stage), "train"):
+        [first, _] = status.collect(sent.plan, sent.store, told)["cells"]
+    assert first["stages"]["train"] == {"id": stage[1], "state": "running", "progress": {"step": 0, "steps": 80}}
 
 
 def test_tokens_that_failed_are_seen_in_every_cell_that_waits_for_them(sent: Sent) -> None:

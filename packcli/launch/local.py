@@ -104,7 +104,8 @@ def run(
     if not jobs:
         return []
     store.check(writable=True)
-    store.write_plan(plan)
+    if logs is None:  # of a cluster's thousand jobs, none writes what their submission wrote
+        store.write_plan(plan)
     started = time.monotonic()
     heavy = any(job.kind in ("train", "eval") for job in jobs)
     each, gpus = ranks.processes_here(processes) if heavy else (1, 0)

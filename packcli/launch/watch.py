@@ -69,9 +69,8 @@ def jobs(plan: Plan, store: Store, view: View | None) -> dict[Stage, dict[str, A
     missing = {stage for stage, state in states.items() if state != "done"}
     lost: Mapping[Stage, Seen] = {}
     if view is not None and (lost := view.lost(stage for stage in missing if states[stage] == "pending")):
-        # Another sweep may have submitted since `view` was made: what is there now is no loss.
+        # Another sweep may have submitted since `view` was made: what is live now, below, is no loss.
         view = View(store, patient=False)
-        lost = {stage: seen for stage, seen in lost.items() if stage not in view.by_stage}
     found: dict[Stage, dict[str, Any]] = {}
     for stage in missing & store.begun():
         if attempts := life.read(store, stage).attempts:

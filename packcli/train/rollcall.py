@@ -21,7 +21,7 @@ ANSWER_S = 120.0
 """How much later than rank 0 a rank may come: torch may be loaded from a busy network disk."""
 FIRST_S = 600.0
 """How much later than the others rank 0 may come: it first waits until an earlier attempt stopped writing."""
-_READ_S = 10.0
+_READ_S = 10.0  # and 20 ms a rank: all of them read from rank 0
 FIX = "look at it, or leave it out; then run the same command again: it goes on from its last checkpoint"
 
 
@@ -106,7 +106,8 @@ class Board:
         if self.rank == 0:
             there = [number for number in range(self.world) if number not in missing]
             with contextlib.suppress(dist.DistStoreError):
-                self.store.wait([f"{what}/read/{number}" for number in there], timedelta(seconds=_READ_S))
+                last_s = timedelta(seconds=_READ_S + self.world / 50)
+                self.store.wait([f"{what}/read/{number}" for number in there], last_s)
 
 
 def apart(store: Any, prefix: str) -> Any:
