@@ -437,17 +437,17 @@ def cancel(
     sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
 ) -> None:
     """Stop what runs of a sweep, here or on a cluster: only its own processes and jobs."""
-    from packcli.launch import cluster, local, slurm
+    from packcli.launch import cluster, local
 
     plan, store = _open(sweep, set_, only, runs)
     processes = local.cancel(plan.name, store)
-    jobs = cluster.cancel(plan, store) if slurm.is_here() else []
+    for process in processes:
+        log.logger.info("process %d: asked to write its checkpoints and stop", process)
+    jobs = cluster.cancel(plan, store) if store.arrays() else []
     if json:
         _print({"processes": processes, "jobs": jobs})
-        return
-    for process in processes:
-        typer.echo(f"process {process}: asked to write its checkpoints and stop")
-    typer.echo(f"{len(jobs):,} jobs cancelled" if slurm.is_here() else "no SLURM here, so no jobs")
+    else:
+        typer.echo(f"{len(processes):,} processes of this machine asked to stop, {len(jobs):,} jobs cancelled")
 
 
 @app.command()

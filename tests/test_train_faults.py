@@ -176,6 +176,26 @@ def test_case_26_sigterm_and_usr2_save_and_exit_75(
 
 
 @slow
+def test_cancel_stops_the_sweep_of_this_machine_and_leaves_a_checkpoint(training: Callable[..., Training]) -> None:
+    run = training(**FOREVER)
+    stale = (
+        run.cwd / "runs" / "tiny_test" / "process-1.lock"
+    )  # a killed sweep's, and the number is another process's
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
+    process = run.start("sweep")
+    run.until_step(2, process)
+    cancelled = run.cli("cancel", "--json")
+    assert cancelled.code == 0
+    assert cancelled.json()["processes"] == [process.pid]
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert run.checkpoints() == [len(run.steps())]
+    assert run.survivors() == []
+    assert run.cli("cancel", "--json").json()["processes"] == []
+
+
+@slow
 def test_case_26_a_cluster_that_signals_every_process_of_the_job_does_not_cut_the_checkpoint_short(
     training: Callable[..., Training],
 ) -> None:

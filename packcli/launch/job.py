@@ -6,6 +6,7 @@ nothing but its array's directory: the plan lies there as it was submitted, so n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -164,7 +165,7 @@ class Job:
         try:
             ranks.run(order, store, group, ranks.Lines(), fallback=self.order.fallback)
         except KilledError as error:
-            if not _was_out_of_memory():
+            if not was_out_of_memory(Path("/proc/self/cgroup").read_text()):
                 raise
             memory = OutOfMemoryError(
                 f"{error.cause}: {socket.gethostname()} ran out of the memory this job was given",
@@ -216,19 +217,20 @@ class Job:
         return left_s < self.order.profile.signal_s + 90
 
 
-def _was_out_of_memory() -> bool:
-    """Whether the kernel killed a process of this job for memory, as its control group counts."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+def was_out_of_memory(groups: str, root: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Whether the kernel killed a process of this job for memory, as the job's control group counts.
+
+    `groups`: of `/proc/self/cgroup`. False where the site gives jobs no groups of their own: others' count there.
+    """
+    for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
-        names = ("memory.events",) if not controllers else ("memory.oom_control",)
-        if controllers and "memory" not in controllers.split(","):
+        if "/job_" not in path or controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup") / ("memory" if controllers else "") / path.lstrip("/")
-        for name in names:
-            try:
-                counts = dict(row.split() for row in (root / name).read_text().splitlines())
-            except (OSError, ValueError):
-                continue
+        file = root / path.lstrip("/") / "memory.events"  # version 2
+        if controllers:
+            file = root / "memory" / path.lstrip("/") / "memory.oom_control"
+        with contextlib.suppress(OSError):
+            counts = dict(row.split() for row in file.read_text().splitlines())
             if int(counts.get("oom_kill", 0)):
                 return True
     return False
