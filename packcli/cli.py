@@ -15,7 +15,7 @@ import orjson
 import typer
 
 from packcli import __version__, log
-from packcli.errors import ConfigError, MissingError, OutOfMemoryError, PackcliError
+from packcli.errors import ConfigError, LeftError, MissingError, OutOfMemoryError, PackcliError
 from packcli.processes import GRACE_S
 
 if TYPE_CHECKING:
@@ -396,6 +396,9 @@ def _dry_run(plan: Plan, store: Store, profile: Profile | None, sweep: Path, jso
     for part in (statuses.table(document), *statuses.before_training(document)):
         _show(part)
     if jobs is not None:
+        if not jobs["arrays"]:
+            typer.echo("nothing to submit: all is done, has its job, or would only fail again (--retry)")
+            return
         _show(show.graph_table(jobs))
         for line in show.scripts(jobs):
             typer.echo(line)
@@ -418,7 +421,7 @@ def _jobs_there(store: Store) -> View | None:
 def _submitted(plan: Plan, store: Store, outcome: Outcome, sweep: Path, *, wait: bool, json: bool) -> None:
     from packcli.launch import cluster, show
 
-    document = show.outcome(outcome, outcome.live)
+    document = show.outcome(outcome)
     if json and not wait:
         _print(document)
     for line in () if json else show.outcome_lines(document, str(sweep)):
@@ -571,6 +574,9 @@ def main() -> None:
     log.setup()
     try:
         code = app(standalone_mode=False) or 0
+    except LeftError as error:
+        typer.echo(f"{error.cause}; {error.fix}", err=True)
+        sys.exit(error.exit_code)
     except PackcliError as error:
         # torchrun's ranks all raise what they share; memory is each one's own.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemoryError):

@@ -283,6 +283,9 @@ class Store:
                 self.fail(kind, id_, error)
                 raise
             except Exception as error:
+                if isinstance(error, FileNotFoundError) and not (directory / ".lock").exists():
+                    cause = f"{directory} was deleted while it was written"
+                    raise IntegrityError(cause, "run the same command again: it begins anew") from None
                 bug = PackcliError(
                     f"bug: {type(error).__name__}", "see the sweep's worker-*.log; please report it"
                 )

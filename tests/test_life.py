@@ -59,7 +59,7 @@ class Job:
             checkpoint(self.store, step)
         if error is not None:
             self.store.fail(*self.stages[-1], error)
-        return life.end(self.store, self.stages, code, late, self.policy)
+        return life.end(self.store, self.stages, code, "time limit" if late else "preempted", self.policy)
 
     @property
     def hows(self) -> list[str | None]:
@@ -76,8 +76,10 @@ def checkpoint(store: Store, step: int, *, whole: bool = True) -> None:
         write_json(directory / "manifest.json", {})
 
 
-def finish(store: Store, stage: Stage) -> None:
-    write_json(store.manifest_file(*stage), {})
+def finish(store: Store, stage: Stage, steps: int = 0) -> None:
+    """As a stage that is done leaves its directory, as far as is looked at here."""
+    store.directory(*stage).mkdir(parents=True, exist_ok=True)
+    store.commit(*stage, spec={}, inputs={}, results={"steps": steps}, provenance={})
 
 
 Start = Callable[..., Job]
@@ -239,7 +241,7 @@ def test_a_stage_whose_directory_was_deleted_while_it_ran_is_no_traceback(start:
     running = start()
     running.begin()
     running.store.job(*TRAIN).unlink()
-    assert life.end(running.store, (TRAIN,), 75, False, running.policy) == 75
+    assert life.end(running.store, (TRAIN,), 75, "preempted", running.policy) == 75
 
 
 # How far ----------------------------------------------------------------------------------------------
@@ -319,13 +321,13 @@ def test_a_time_limit_is_told_from_a_preemption(on_a_node: Callable[..., job.Job
     running = on_a_node("train", signal_s=300)
     stage = running.element.stages[0]
     running.begin()
-    assert running.after(75) == 75
+    assert running.after(75, "RUNNING") == 75
     running.begin()
     story = life.read(running.store, stage)
     *before, last = story.attempts
     early = last.model_copy(update={"started_s": time.time() - 56 * 60})
     life.write(running.store, stage, story.model_copy(update={"attempts": (*before, early)}))
-    assert running.after(75) == 75
+    assert running.after(75, "RUNNING") == 75
     assert [attempt.how for attempt in life.read(running.store, stage).attempts] == ["preempted", "time limit"]
 
 
@@ -334,14 +336,32 @@ def test_another_attempt_does_not_begin_with_the_failure_of_the_last(on_a_node: 
     stage = running.element.stages[0]
     running.store.fail(*stage, OutOfMemoryError("out of memory", "less"))
     running.begin()
-    assert running.after(75) == 75
+    assert running.after(75, "RUNNING") == 75
     assert running.store.failure(*stage) is None
+
+
+def test_a_cancelled_job_is_not_told_as_preempted(on_a_node: Callable[..., job.Job]) -> None:
+    running = on_a_node("train")
+    running.begin()
+    running.after(75, "COMPLETING")
+    assert [item.how for item in life.read(running.store, running.element.stages[0]).attempts] == ["cancelled"]
+
+
+def test_an_input_that_is_gone_is_not_taken_for_a_killed_process_and_tried_again(
+    on_a_node: Callable[..., job.Job],
+) -> None:
+    running = on_a_node("train")
+    running.begin()
+    running.leave(ConfigError("index 1234 is missing", "run `packcli prepare SWEEP` first"))
+    assert running.after(2, "RUNNING") == 2
+    [attempt] = life.read(running.store, running.element.stages[0]).attempts
+    assert (attempt.how, attempt.cause) == ("config", "index 1234 is missing")
 
 
 def test_a_part_that_is_preempted_for_ever_ends_too(on_a_node: Callable[..., job.Job]) -> None:
     limit = {"requeue": {"limit": 3}}
-    assert [on_a_node("parts", restart=count, **limit).after(75) for count in (0, 2, 3)] == [75, 75, 7]
-    assert on_a_node("parts", **limit).after(3) == 3
+    assert [on_a_node("parts", restart=count, **limit).after(75, "RUNNING") for count in (0, 2, 3)] == [75, 75, 7]
+    assert on_a_node("parts", **limit).after(3, "RUNNING") == 3
 
 
 def test_a_job_of_a_deleted_run_directory_says_so(on_a_node: Callable[..., job.Job]) -> None:

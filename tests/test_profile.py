@@ -177,8 +177,8 @@ def test_profile_changes_on_its_way_to_a_job() -> None:
     ("typed", "minutes"),
     [
         ("90", 90), ("90:00", 90), ("90:01", 91), ("1:30:00", 90), ("24:00:00", 1440), ("2-0", 2880),
-        ("2-12", 3600), ("2-12:30", 3630), ("2-12:30:01", 3631), ("1:00", 1), ("0:60", 1), ("0100", 100),
-        ("'1:30:00'", 90),
+        ("2-12", 3600), ("2-12:30", 3630), ("2-12:30:01", 3631), ("1:00", 1), ("0100", 100), ("'1:30:00'", 90),
+        ("100:59:59", 6060), ("1-23:59:59", 2880),
     ],
 )  # fmt: skip
 def test_time_is_not_what_was_typed(typed: str, minutes: int, load: Load) -> None:
@@ -197,8 +197,9 @@ def test_forms_of_one_time_differ(days: int, hours: int, minutes: int, seconds: 
 
 @pytest.mark.parametrize(
     "typed",
-    ["0", "0:59", "-5", "1h", "UNLIMITED", "1:2:3:4", "1-1:1:1:1", "1.5", "400-0", "9" * 30, "1e3", "true", "٣"],
-)
+    ["0", "0:59", "-5", "1h", "UNLIMITED", "1:2:3:4", "1-1:1:1:1", "1.5", "400-0", "9" * 30, "1e3", "true", "٣",
+     "0:60", "25:99", "1:60:00", "1:00:60", "1-24", "1-25", "0-25:00", "1-1:60", "1-1:00:60"],
+)  # fmt: skip
 def test_time_that_means_nothing_is_submitted(typed: str, load: Load) -> None:
     assert "site.yaml:2: `time`" in refused(load, f"# first\ntime: {typed}\n")
 
@@ -265,6 +266,21 @@ def test_mistakes_are_told_one_by_one_or_without_their_place(load: Load) -> None
         assert line in cause
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("setup: module load cuda", "1: `setup` is a list of lines: `setup: [module load cuda]`"),
+        (
+            "stages:\n  eval:\n    setup: a",
+            "3: `stages.eval.setup` is a list of lines: `setup: [module load cuda]`",
+        ),
+        ("container:\n  image: a\n  mounts: /a:/b", "3: `container.mounts` is a list of mounts: `mounts: ["),
+    ],
+)
+def test_text_in_place_of_a_list_is_told_in_the_words_of_python(text: str, told: str, load: Load) -> None:
+    assert f"site.yaml:{told}" in refused(load, text + "\n")
+
+
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "report"])
 def test_job_is_told_to_stop_as_it_starts(stage: str, load: Load) -> None:
     cause = refused(load, f"stages:\n  {stage}:\n    time: 5\n")
@@ -297,12 +313,18 @@ def test_harmless_text_is_refused(place: Any, load: Load) -> None:
 @pytest.mark.parametrize(
     "line",
     ["sbatch: {reservation: '#x'}", "constraint: a b", "partition: a b", "partition: ''", "sbatch: {nice: ''}",
-     "exclude: a*", "mem: 64 G", "mem: -1",
+     "exclude: a*", "exclude: node[1-", "exclude: node1]", "exclude: node]1[", "exclude: 'node[[1]]'",
+     "exclude: 'node[]'", "exclude: 'node[1-]'", "mem: 64 G", "mem: -1",
      "container: {image: a, mounts: [a]}", "container: {image: a, mounts: ['/a:/b,/c:/d']}",
      "container: {image: a, mounts: ['/a:b']}", "container: {image: --export}", "python: --version"],
 )  # fmt: skip
 def test_text_that_another_key_may_hold_is_taken(line: str, load: Load) -> None:
     refused(load, line + "\n")
+
+
+@pytest.mark.parametrize("text", ["node1", "node[3,7-9]", "a[1-2]b[01-03].x,node-4"])
+def test_list_of_hosts_is_refused(text: str, load: Load) -> None:
+    assert load(yaml.safe_dump({"exclude": text})).exclude == text
 
 
 @pytest.mark.parametrize("line", ["#SBATCH --uid=0", "  #SBATCH --uid=0", "# note", "a\nb", "a\rb", "a\x1bb", ""])
@@ -377,6 +399,59 @@ def test_secret_is_shared_or_shown(name: str, stage: str | None, load: Load) -> 
 def test_value_of_a_variable_is_shown_or_taken(environment: Any, load: Load) -> None:
     assert "CANARY" not in refused(load, yaml.safe_dump({"environment": environment}))
     assert "CANARY" not in refused(load, yaml.safe_dump({"setup": [environment]}))
+
+
+# Put together here: scanners for secrets read this file, too.
+TOKENS = [
+    "hf_" + "aB3" * 11 + "x", "ghp_" + "a1" * 18, "gho_" + "a1" * 18, "github_pat_" + "a1_" * 27,
+    "sk-" + "aB3" * 16, "sk-proj-" + "aB3" * 16 + "-_x", "AKIA" + "A1B2" * 4, "xoxb-" + "1" * 12 + "-abc",
+    "xoxp-" + "1" * 12 + "-abc",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    "place",
+    [{"environment": {"A": "{}"}}, {"environment": {"A": "x={},$"}}, {"setup": ["true", "tool login {}"]},
+     {"setup": ["A='{}'"]}, {"setup": ["{}\n"]}, {"sbatch": {"reservation": "{}"}},
+     {"sbatch": {"reservation": "a:{}'"}}, {"stages": {"train": {"setup": ["tool --with={}"]}}}],
+    ids=str,
+)  # fmt: skip
+def test_token_under_a_harmless_name_is_shared_or_shown(place: Any, token: str, load: Load) -> None:
+    cause = refused(load, yaml.safe_dump(placed(place, token)))
+    assert "this looks like a token; profiles are shared: export it before submitting" in cause
+    assert token[:12] not in cause
+
+
+@pytest.mark.parametrize("place", [{"partition": "a {}"}, {"nodes": "{}"}, {"setup": "{}"}], ids=str)
+def test_token_in_the_wrong_place_is_shown(place: Any, load: Load) -> None:
+    assert TOKENS[0] not in refused(load, yaml.safe_dump(placed(place, TOKENS[0])))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export HF_TOKEN=CANARY", "export WANDB_API_KEY=" + "0cafe" * 8, "true; MY_SECRET='CANARY' python",
+     "A=1 hf_token=1", 'export "DB_PASSWORD=CANARY"', 'GITHUB_TOKEN="CANARY"', "APIKEY=$'CANARY'",
+     "HF_TOKEN+=CANARY", "X_KEY=''CANARY"],
+)  # fmt: skip
+def test_secret_in_setup_is_shared_or_shown(line: str, load: Load) -> None:
+    cause = refused(load, yaml.safe_dump({"setup": ["module load cuda", line]}))
+    assert "`setup.1`: a value for `" in cause
+    assert "export it before submitting" in cause
+    assert "CANARY" not in cause
+    assert "0cafe" not in cause
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export HF_TOKEN=$(cat /run/token)", 'export HF_TOKEN="$OTHER"', "HF_TOKEN=`cat a`", "export HF_TOKEN=",
+     "unset HF_TOKEN", "HF_TOKEN='' python", "export HF_TOKEN_PATH=/run/token",
+     "export TOKENIZERS_PARALLELISM=false", "sort --key=2 a", "git checkout " + "0cafe" * 8,
+     "cd /data/risk-models-of-the-year-2026x", "cd hf_cache/hf_transformers",
+     "pip install sk-learn-compatible-estimators"],
+)  # fmt: skip
+def test_harmless_line_of_setup_is_taken_for_a_secret(line: str, load: Load) -> None:
+    assert load(yaml.safe_dump({"setup": [line]})).setup == (line,)
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ class Machine:
 
     def __init__(self, directory: Path) -> None:
         self.slurm = FakeSlurm(directory / "slurm")
-        self.job = self.slurm.add("packcli:0a1b2c3d.0")
-        self.slurm.set(self.job, "RUNNING", nodes="node0")
+        self.job = self.slurm.add("packcli:0a1b2c3d.0") + "_0"
+        self.slurm.set(self.job.partition("_")[0], "RUNNING", nodes="node0")
         self.cwd, self.python = directory / "cwd", self.slurm.bin / "python"
         self.cwd.mkdir()
         self._log = directory / "log"
@@ -179,7 +179,10 @@ class Machine:
     def start(self, order: Submitted, **environment: object) -> subprocess.Popen[str]:
         path = self.cwd.parent / "script.sh"
         path.write_text(script.text(order, None))
-        given = {**os.environ, **self.slurm.env, "SLURM_JOB_ID": self.job}
+        # As SLURM does for the last element of an array, whose other id it is.
+        array, _, element = self.job.partition("_")
+        ids = {"SLURM_JOB_ID": array, "SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": element}
+        given = {**os.environ, **self.slurm.env, **ids}
         return subprocess.Popen(
             ["bash", str(path)],
             cwd=self.cwd,
@@ -217,7 +220,7 @@ def test_a_run_directory_is_one_argument_whatever_it_is_called(machine: Machine,
     order = machine.order(Path("/shared") / name / "runs")
     assert machine.run(order) == 0
     directory = f"/shared/{name}/runs/slurm/0a1b2c3d/array-{order.array.number}"
-    assert machine.asked() == [["begin", directory], ["run", directory], ["after", directory, "0"]]
+    assert machine.asked() == [["begin", directory], ["run", directory], ["after", directory, "0", "RUNNING"]]
     assert list(machine.cwd.iterdir()) == []
     output = f"{directory}/%A_%a_0_log.out"
     assert options(script.text(order, None))["output"] == output
@@ -290,7 +293,7 @@ def test_a_quarantined_stage_takes_no_node_time(machine: Machine) -> None:
 @pytest.mark.parametrize("code", [0, 1, 2, 7, 137, 143])
 def test_a_job_ends_with_the_code_of_what_it_did(machine: Machine, code: int) -> None:
     assert machine.run(machine.order(), RUN=code) == code
-    assert machine.asked()[-1][-1] == str(code)
+    assert machine.asked()[-1][-2:] == [str(code), "RUNNING"]
     assert requeued(machine) == []
 
 
@@ -321,7 +324,7 @@ def test_a_job_that_is_out_of_attempts_is_not_queued_again(machine: Machine) -> 
 @pytest.mark.parametrize("state", ["PENDING", "COMPLETING", "CANCELLED"])
 def test_a_job_that_slurm_took_away_is_not_queued_twice(machine: Machine, state: str) -> None:
     """Preempted: SLURM has queued it again already. Cancelled: a user wants it gone."""
-    machine.slurm.set(machine.job, state)
+    machine.slurm.set(machine.job.partition("_")[0], state)
     assert machine.run(machine.order(), RUN=75) == 75
     assert requeued(machine) == []
 
@@ -336,7 +339,7 @@ def test_a_preempted_script_lives_until_its_checkpoint_is_noted(machine: Machine
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert [what for what, *_ in machine.asked()] == ["begin", "run", "after"]
-    assert (process.returncode, machine.asked()[-1][-1]) == (75, "75")
+    assert (process.returncode, machine.asked()[-1][-2]) == (75, "75")
     assert requeued(machine) == [["requeue", machine.job]]
 
 

@@ -270,6 +270,27 @@ def test_two_time_limits_cost_no_step_and_no_bit(
     assert (weights(sweep, sweep.train()), losses(sweep, sweep.train())) == uninterrupted(2)
 
 
+def test_each_element_of_an_array_is_requeued_and_no_other(cluster: Cluster, base: Path, tmp_path: Path) -> None:
+    # The last element of an array has the array's own id as SLURM_JOB_ID.
+    keys = {"matrix": {"arm": ["best_fit"], "seed": [0, 1, 2]}}
+    sweep = Sweep(tmp_path, "three", steps=40, profile={"nodes": 1, "array_cap": 2}, **keys)
+    shutil.copytree(base / "store", sweep.runs / "store")
+    (train,) = [item["job"] for item in sweep.submit()["submitted"] if item["kind"] == "train"]
+
+    def begun(id_: str) -> bool:
+        return sweep.store.metrics(id_).exists()
+
+    trains = [id_ for id_ in sweep.plan().trains if id_ not in sweep.plan().shared]
+    for element, id_ in enumerate(trains):
+        cluster.wait(lambda: begun(id_), 120, f"training {element} has begun")  # noqa: B023
+        slurm("scancel", "--signal=USR2", f"{train}_{element}")
+    ended(cluster)
+    for id_ in trains:
+        attempts = json.loads(sweep.store.job("train", id_).read_text())["attempts"]
+        assert [attempt["how"] for attempt in attempts] == ["preempted", "done"]
+        assert {attempt["job"] for attempt in attempts} == {f"{train}_{trains.index(id_)}"}
+
+
 @soak
 @pytest.mark.timeout(1800)
 def test_two_real_time_limits_cost_no_step_and_no_bit(cluster: Cluster, base: Path, tmp_path: Path) -> None:
@@ -380,6 +401,16 @@ def test_a_partition_that_is_not_there_is_one_line_before_any_job(cluster: Clust
     assert done.stderr.count("error:") == 1
     assert "invalid partition" in done.stderr.lower()
     assert "partitions here: high, main" in done.stderr
+    assert not cluster.jobs()
+
+
+def test_more_nodes_than_there_are_is_one_line_and_not_a_job_that_waits_for_ever(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    sweep = Sweep(tmp_path, "wide", steps=1, profile={"nodes": 40})
+    done = sweep.run("sweep", "--on", str(sweep.profile))
+    assert done.returncode == 2
+    assert "40 nodes a job, but the partition has 4; nothing was submitted" in done.stderr
     assert not cluster.jobs()
 
 

@@ -158,4 +158,4 @@ def test_an_error_knows_its_exit_code_in_another_process() -> None:
         again = pickle.loads(pickle.dumps(kind("cause", "fix")))
         assert (again.cause, again.fix, again.exit_code) == ("cause", "fix", kind.exit_code)
     codes = sorted(kind.exit_code for kind in PackcliError.__subclasses__())
-    assert codes == [2, 3, 4, 5, 6, 7, 75]
+    assert codes == [2, 3, 4, 5, 6, 7, 75, 130]

@@ -13,7 +13,7 @@ from fake_slurm import FakeSlurm
 from followed import Sent, age, planned
 
 from packcli import stages, sweepfile
-from packcli.errors import DataError, MissingError, OutOfMemoryError
+from packcli.errors import DataError, MissingError, OutOfMemoryError, PackcliError, PeerError, QuarantinedError
 from packcli.files import locked
 from packcli.launch import slurm, watch
 from packcli.launch.cluster import View
@@ -158,6 +158,48 @@ def test_a_cancelled_job_is_not_called_a_failure(sent: Sent) -> None:
     train = document["cells"][0]["stages"]["train"]
     assert (train["state"], train["why"], train["job"]["state"]) == ("pending", "cancelled", "cancelled")
     assert "cancelled" in shown(document)
+
+
+def test_a_requeued_job_that_was_cancelled_is_not_told_by_how_its_last_attempt_ended(sent: Sent) -> None:
+    stage = ("train", sent.plan.cells[0].train)
+    sent.attempt(stage, "preempted", "peer")
+    sent.store.fail(*stage, PeerError("lost another rank: gloo", "see the other node's log"))
+    sent.set(stage, "CANCELLED")
+    document = collected(sent)
+    train = document["cells"][0]["stages"]["train"]
+    assert (train["state"], train["why"]) == ("pending", "cancelled")
+    assert train["job"] == {
+        "id": sent.id(stage),
+        "state": "cancelled",
+        "reason": "cancelled",
+        "nodes": "",
+        "attempt": 2,
+    }
+    assert [failure["cause"] for failure in document["failures"]] == ["cancelled"]
+    assert "cancelled, 2 attempts so far" in shown(document)
+    sent.set(stage, "PENDING", reason="BeginTime")
+    assert cells(sent)[0]["train"]["state"] == "queued"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (PeerError("lost another rank: gloo", "see its log"), "FAILED"),
+        (PeerError("lost another rank: gloo", "see its log"), None),
+        (QuarantinedError("quarantined: 3 attempts failed", "mend the cause"), "CANCELLED"),
+        (DataError("a.jsonl:3: no JSON", "mend it"), "CANCELLED"),
+    ],
+    ids=["ended", "no accounting", "verdict", "not transient"],
+)
+def test_a_failure_that_still_stands_is_not_hidden(sent: Sent, error: PackcliError, state: str | None) -> None:
+    stage = ("train", sent.plan.cells[0].train)
+    sent.attempt(stage, error.kind)
+    sent.store.fail(*stage, error)
+    sent.set(stage, state or "CANCELLED")
+    if state is None:
+        (sent.slurm.bin / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    train = cells(sent)[0]["train"]
+    assert (train["state"], train["why"], train["job"]["reason"]) == ("failed", error.cause, error.kind)
 
 
 def test_jobs_cancelled_before_they_began_are_found_in_the_list_that_slurm_writes(sent: Sent) -> None:

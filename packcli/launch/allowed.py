@@ -49,6 +49,12 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _CREDENTIALS_IN_URL = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20}|gh[opsru]_[A-Za-z0-9]{20}|github_pat_\w{20}"
+    r"|sk-[A-Za-z0-9_-]*[A-Za-z0-9]{16}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[A-Za-z0-9-]{10})"
+)
+# NAME=VALUE where VALUE does not begin with something to expand. Options such as `--key=2` are none of these.
+_LITERAL = re.compile(r"""(?<![\w$-])(\w+)\+?=(?:\$?["'])*[^\s"'$`;&|)]""")
 
 
 def _like(pattern: str, expected: str) -> AfterValidator:
@@ -66,12 +72,16 @@ def minutes(text: str) -> int:
     """A SLURM time in minutes, rounded up as SLURM does.
 
     Raises:
-        ValueError: it is not of these forms, or not between one minute and 366 days.
+        ValueError: it is not of these forms, a smaller unit is full (`25:99`), or it is not between one minute
+            and 366 days.
     """
     found = _TIME.fullmatch(text)
     if found is None:
         raise ValueError("one of MIN, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS expected")
     days, *parts = (int(part) for part in found.groups() if part is not None)
+    limits = (60, 60) if found[1] is None else (24, 60, 60)
+    if any(part >= limit for part, limit in zip(parts, limits, strict=False)):
+        raise ValueError("at most 23 hours behind days and 59 minutes or seconds behind a larger unit expected")
     if found[1] is None:
         days, parts = 0, [days, *parts]
         parts = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
@@ -87,11 +97,25 @@ def _slurm_time(value: str) -> str:
     return value
 
 
+def has_token(text: str) -> bool:
+    """Whether something in `text` looks like a token of a well-known service."""
+    return _TOKEN.search(text) is not None
+
+
+def _without_token(value: Any) -> Any:
+    if isinstance(value, str) and has_token(value):
+        raise ValueError("this looks like a token; profiles are shared: export it before submitting")
+    return value
+
+
 def _shell_line(value: str) -> str:
     if not value or not value.isprintable():
         raise ValueError("one line of shell without control characters expected")
     if value.lstrip().startswith("#"):  # SLURM would read `#SBATCH` here, past every check above
         raise ValueError("a line of shell expected, not a comment; parameters of sbatch go under `sbatch`")
+    secret = next((name for name in _LITERAL.findall(value) if _SECRET.fullmatch(name)), None)
+    if secret is not None:
+        raise ValueError(f"a value for `{secret}`; profiles are shared: export it before submitting")
     return value
 
 
@@ -149,6 +173,7 @@ def _no_way_up(value: str) -> str:
 
 _PATH = r"/[A-Za-z0-9_./+@=-]*"
 _ONE = "|".join(VARIABLES)
+_RANGE = r"[0-9]+(-[0-9]+)?"
 _VARIABLE = rf"\$(({_ONE})(?!\w)|\{{({_ONE})\}})"
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -157,12 +182,18 @@ Name = Annotated[str, _like(r"[A-Za-z0-9_.,:@+-]+", "a name of letters, digits a
 Time = Annotated[str, AfterValidator(_slurm_time)]
 Memory = Annotated[str, _like(r"[0-9]{1,12}([KMGT]B?)?", "a size such as `64G` (without a unit: MB; 0: all)")]
 Features = Annotated[str, _like(r"[A-Za-z0-9_.:=&|()\[\]*,-]+", "features joined by `&` or `|`, without spaces,")]
-Hosts = Annotated[str, _like(r"[A-Za-z0-9_.,\[\]-]+", "a list of hosts such as `node[3,7-9]`")]
-Environment = dict[Annotated[str, AfterValidator(_variable)], Annotated[str, AfterValidator(_environment_value)]]
-Parameters = dict[
-    Annotated[str, AfterValidator(_parameter)], Annotated[str | bool, BeforeValidator(_parameter_value)]
+Hosts = Annotated[
+    str, _like(rf"([A-Za-z0-9_.,-]|\[{_RANGE}(,{_RANGE})*\])+", "a list of hosts such as `node[3,7-9]`")
 ]
-ShellLine = Annotated[str, AfterValidator(_shell_line)]
+_NoToken = BeforeValidator(_without_token)
+Environment = dict[
+    Annotated[str, AfterValidator(_variable)], Annotated[str, _NoToken, AfterValidator(_environment_value)]
+]
+# The last of several `BeforeValidator` runs first.
+Parameters = dict[
+    Annotated[str, AfterValidator(_parameter)], Annotated[str | bool, BeforeValidator(_parameter_value), _NoToken]
+]
+ShellLine = Annotated[str, _NoToken, AfterValidator(_shell_line)]
 GpuType = Annotated[str, _like(r"[A-Za-z0-9_.-]+", "a name of letters, digits and `_ . -`")]
 Image = Annotated[str, _like(r"[A-Za-z0-9_./][A-Za-z0-9_./:@#+=-]*", "an image's path or address")]
 Mount = Annotated[str, _like(rf"{_PATH}:{_PATH}(:[a-z+]+)?", "SOURCE:TARGET[:FLAGS] with absolute paths")]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from packcli.errors import MissingError, PackcliError, RunError
+from packcli.errors import ConfigError, MissingError, PackcliError, RunError
 from packcli.files import atomic_write, locked, read_json, write_json
 from packcli.launch import graph, life, script, slurm
 from packcli.launch.graph import Array, Known, Stage
@@ -43,12 +43,16 @@ class Sent:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a submission came to. `live`: jobs there before. `skipped`: stages that would only fail again."""
+    """What a submission came to. `live`: jobs there before; `otherwise`: of these, by another profile than now.
+
+    `skipped`: stages that would only fail again.
+    """
 
     sent: list[Sent] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     skipped: list[Stage] = field(default_factory=list)
     live: int = 0
+    otherwise: int = 0
 
 
 class View:
@@ -82,6 +86,17 @@ class View:
         assert order is not None
         element = order.array.at(seen.element)
         return () if element.part else element.stages
+
+    def of(self, plan: Plan) -> list[tuple[Seen, Submitted]]:
+        """Elements that do stages of a plan, parts of them, or its sweep's table, each with its array's order."""
+        wanted, found = set(plan.stages()), []
+        for seen in self.live:
+            order = self.order(seen.array)
+            assert order is not None
+            stages = order.array.at(seen.element).stages
+            if wanted.intersection(stages) or (not stages and order.sweep == plan.name):
+                found.append((seen, order))
+        return found
 
     def has_report(self, sweep: str) -> bool:
         """Whether the table of a sweep is to be made when its jobs have ended."""
@@ -199,10 +214,10 @@ def submit(
         if retry:
             _forget(plan, store, view)
         found = known(plan, store, profile, view, sizes)
-        wanted = set(plan.stages())
-        mine = [seen for seen in view.live if wanted.intersection(view.stages(seen))]
+        mine = view.of(plan)
         outcome = Outcome(skipped=sorted(found.blocked), live=len(mine))
-        outcome.failures += [_blocked(store, stage) for stage in outcome.skipped]
+        outcome.otherwise = sum(order.profile != profile for _, order in mine)
+        outcome.failures += [_blocked(plan, store, stage) for stage in outcome.skipped]
         arrays = graph.graph(plan, profile, found)
         if arrays:
             store.write_plan(plan)
@@ -222,12 +237,12 @@ def _forget(plan: Plan, store: Store, view: View) -> None:
             store.failure_file(*stage).unlink(missing_ok=True)
 
 
-def _blocked(store: Store, stage: Stage) -> Failure:
+def _blocked(plan: Plan, store: Store, stage: Stage) -> Failure:
     error = store.failure(*stage)
     assert error is not None
     again = "the same settings would meet it again: change them, or pass --retry"
     fix = error.fix if error.kind == "quarantined" else f"{error.fix}; {again}"
-    return Failure(f"{' '.join(stage)}: {error.cause}", fix, error.exit_code)
+    return Failure(f"{_called(plan, graph.names(plan), stage)}: {error.cause}", fix, error.exit_code)
 
 
 class _Submission:
@@ -255,14 +270,16 @@ class _Submission:
 
     def _check(self) -> None:
         """Ask SLURM about one script of each kind: a wrong partition is better known before the first job."""
-        seen = set()
-        for order in self._orders:
-            shape = (order.array.job, order.array.nodes)
-            if shape not in seen:
-                seen.add(shape)
-                error = slurm.check(self._write(order, None))
-                if error is not None:
-                    raise type(error)(f"{order.array.job} jobs: {error.cause}; nothing was submitted", error.fix)
+        shapes = {(order.array.job, order.array.nodes): order for order in reversed(self._orders)}
+        sizes = slurm.partition_sizes()
+        for order in shapes.values():
+            error = slurm.check(self._write(order, None))
+            asked, there = order.array.nodes, sizes.get(order.resources.partition)
+            if error is None and there is not None and asked > there:
+                cause = f"{asked} nodes a job, but the partition has {there}"
+                error = ConfigError(cause, "mend `nodes` in the profile, or `train.nodes` in the sweep file")
+            if error is not None:
+                raise type(error)(f"{order.array.job} jobs: {error.cause}; nothing was submitted", error.fix)
 
     def _write(self, order: Submitted, dependency: str | None) -> Path:
         write_json(self._store.array_order(order.submission, order.array.number), order.model_dump(mode="json"))
@@ -302,30 +319,36 @@ def _find(id_: str) -> str | None:
 def cancel(plan: Plan, store: Store) -> list[str]:
     """Cancel every job that this sweep submitted from this run directory and that has not ended; their ids."""
     slurm.require()
-    view, wanted = View(store), set(plan.stages())
-    own = []
-    for seen in view.live:
-        order = view.order(seen.array)
-        assert order is not None
-        stages = order.array.at(seen.element).stages
-        if order.sweep == plan.name and (not stages or wanted & set(stages)):
-            own.append(seen.job)
+    own = [seen.job for seen, order in View(store).of(plan) if order.sweep == plan.name]
     slurm.cancel(own)
     return own
 
 
 def problems(plan: Plan, store: Store, view: View) -> list[Failure]:
-    """What ended without being done, as the disk or SLURM says."""
+    """What ended without being done, as the disk or SLURM says; not what only waited for something that did."""
     found, silent = [], []
-    for stage in plan.stages():
-        if stage in view.by_stage or store.state(*stage) == "done":
+    named = graph.names(plan)
+    states = store.states(plan.stages())
+    for stage, state in states.items():
+        waited = any(states[upstream] != "done" for upstream in plan.inputs(*stage))
+        if stage in view.by_stage or state == "done" or waited:
             continue
         error = store.failure(*stage)
         if error is None:
             silent.append(stage)
         else:
-            found.append(Failure(f"{' '.join(stage)}: {error.cause}", error.fix, error.exit_code))
+            cause = f"{_called(plan, named, stage)}: {error.cause}"
+            found.append(Failure(cause, error.fix, error.exit_code))
     for stage, seen in view.lost(silent).items():
-        cause = f"{' '.join(stage)}: job {seen.job}: {seen.reason}"
+        cause = f"{_called(plan, named, stage)}: job {seen.job}: {seen.reason}"
         found.append(Failure(cause, "run the same command again: it submits what is missing", RunError.exit_code))
     return found
+
+
+def _called(plan: Plan, named: Mapping[Stage, str], stage: Stage) -> str:
+    """A stage as its user knows it: by the labels of its cell."""
+    kind, id_ = stage
+    if kind == "eval":
+        order = plan.evals[id_]
+        return f"{order.task} of {named.get(('train', order.train), order.train)}"
+    return f"{kind} {named.get(stage, id_)}"

@@ -17,9 +17,16 @@ from functools import cached_property
 from pathlib import Path
 
 from packcli import log, stages
-from packcli.errors import ConfigError, KilledError, OutOfMemoryError, PackcliError, PreemptedError
+from packcli.errors import (
+    ConfigError,
+    KilledError,
+    LockedError,
+    OutOfMemoryError,
+    PackcliError,
+    PreemptedError,
+)
 from packcli.files import atomic_write, read_json
-from packcli.launch import life, local, ranks, scratch
+from packcli.launch import life, local, ranks, scratch, slurm
 from packcli.launch.script import Submitted
 from packcli.plan import Plan, TrainOrder
 from packcli.store import Store
@@ -199,12 +206,21 @@ class Job:
                 file.write(text.encode())
         sys.stdout.write(render.markdown(collected))  # its log
 
+    def leave(self, error: PackcliError) -> None:
+        """Note an error of the job's own, such as an input that is gone; a stage leaves those it meets itself."""
+        waits = isinstance(error, PreemptedError | LockedError)
+        if self.is_recorded and not waits and not any(self.store.failure(*stage) for stage in self.element.stages):
+            self.store.fail(*self.element.stages[0], error)
+
     # Once, afterwards ----------------------------------------------------------------------------------
 
-    def after(self, code: int) -> int:
+    def after(self, code: int, state: str) -> int:
+        """`state`: of this job, as SLURM has it; empty where it did not answer."""
         policy = self.order.profile.requeue
         if self.is_recorded:
-            return life.end(self.store, self.element.stages, code, self._is_late(), policy)
+            how = "time limit" if self._is_late() else "preempted"
+            how = "cancelled" if slurm.is_cancelled(state) else how
+            return life.end(self.store, self.element.stages, code, how, policy)
         stopped = code == PreemptedError.exit_code
         return 7 if stopped and self.place.restart >= policy.limit else code
 
@@ -240,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes as those of packcli; 75 asks the batch script for another attempt."""
     what, directory, *rest = arguments if arguments is not None else sys.argv[1:]
     log.setup()
+    job = None
     try:
         job = Job(Path(directory))
         match what:
@@ -249,8 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with local.terminable():
                     return job.run()
             case _:
-                return job.after(int(rest[0]))
+                return job.after(int(rest[0]), rest[1])
     except PackcliError as error:
+        if job is not None and what == "run":
+            job.leave(error)
         log.logger.error("error: %s\nhint: %s", error.cause, error.fix)
         return error.exit_code
     except KeyboardInterrupt:

@@ -23,8 +23,8 @@ _STOPPED = ("preempted", "time limit", "locked", "lost")
 class Attempt(Spec):
     """`began_at`, `stood_at`: what was done by then (steps in the newest checkpoint, shards, tasks).
 
-    `how`: it ended: done, preempted, time limit, the `kind` of an error, or lost: nobody lived to say so. None: it
-    goes on.
+    `how`: it ended: done, preempted, time limit, cancelled, the `kind` of an error, or lost: nobody lived to say
+    so. None: it goes on.
     """
 
     job: str
@@ -95,7 +95,9 @@ def settings(plan: Plan, stage: Stage, resources: Resources) -> str:
 
 
 def progress(store: Store, stages: Sequence[Stage]) -> int:
-    """How far these are: stages done; of the next one, steps in its newest whole checkpoint, or shards."""
+    """How far these are: stages done; of the next one, shards; of a training, steps in its newest checkpoint."""
+    if stages[0][0] == "train" and (manifest := store.manifest(*stages[0])) is not None:
+        return int(manifest.results["steps"])
     done = [stage for stage in stages if store.state(*stage) == "done"]
     rest = [stage for stage in stages if stage not in done]
     if not rest:
@@ -124,10 +126,10 @@ def begin(store: Store, stages: Sequence[Stage], attempt: Attempt, settings: str
     write(store, stages[0], Life(settings=settings, attempts=(*life.attempts, attempt)))
 
 
-def end(store: Store, stages: Sequence[Stage], code: int, late: bool, policy: RequeueSpec) -> int:
+def end(store: Store, stages: Sequence[Stage], code: int, stopped: str, policy: RequeueSpec) -> int:
     """Note how an attempt ended; the exit code of its job, 75 where there is to be another one.
 
-    `code`: what the job's processes ended with. `late`: the time limit was near.
+    `code`: what the job's processes ended with. `stopped`: preempted, time limit or cancelled, if it was stopped.
     """
     lead = stages[0]
     life = read(store, lead)
@@ -136,7 +138,7 @@ def end(store: Store, stages: Sequence[Stage], code: int, late: bool, policy: Re
         write(store, lead, life.ended("done", stood_at))
         return 0
     error = next((found for stage in stages if (found := store.failure(*stage)) is not None), None)
-    how = _how(error, code, late)
+    how = stopped if stopped == "cancelled" else _how(error, code, stopped)
     life = life.ended(how, stood_at, error.cause if error else "")
     write(store, lead, life)
     if how not in TRANSIENT and how not in _STOPPED:
@@ -149,14 +151,12 @@ def end(store: Store, stages: Sequence[Stage], code: int, late: bool, policy: Re
     return PreemptedError.exit_code
 
 
-def _how(error: PackcliError | None, code: int, late: bool) -> str:
+def _how(error: PackcliError | None, code: int, stopped: str) -> str:
     if error is not None:
         return error.kind
-    if code == PreemptedError.exit_code:
-        return "time limit" if late else "preempted"
     # A signal may come before anything listens to it: SLURM's own count of it is 128 and its number.
-    if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
-        return "preempted"
+    if code in (PreemptedError.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+        return stopped
     return "locked" if code == LockedError.exit_code else "killed"
 
 

@@ -30,6 +30,7 @@ from packcli.launch.allowed import (
     ShellLine,
     Time,
     Whole,
+    has_token,
     minutes,
 )
 from packcli.yamlfile import KeyPath, Lines, Problems, parse
@@ -193,6 +194,7 @@ def load(path: Path) -> Profile:
 
 
 _TEXT_KEYS = frozenset({"partition", "account", "qos", "time", "mem", "constraint", "exclude", "gpu_type"})
+_LISTS = {"setup": "lines: `setup: [module load cuda]`", "mounts": 'mounts: `mounts: ["/shared:/shared"]`'}
 _BLOCKS: dict[str, type[Spec]] = {"stages": StagesSpec, "container": ContainerSpec, "requeue": RequeueSpec}
 
 
@@ -235,10 +237,13 @@ def _report(error: ValidationError, problems: Problems) -> None:
             )
         elif item["type"] == "missing":
             problems.add(path, f"`{dotted}` is required")
+        elif item["type"] == "tuple_type":
+            problems.add(path, f"`{dotted}` is a list of {_LISTS[path[-1]]}")
         else:
             message, got = item["msg"].removeprefix("Value error, "), item["input"]
             # What stands in these may be a secret that went to the wrong place.
-            shown = isinstance(got, str | int | float) and not {"environment", "setup", "[key]"} & set(item["loc"])
+            hidden = {"environment", "setup", "[key]"} & set(item["loc"]) or has_token(str(got))
+            shown = isinstance(got, str | int | float) and not hidden
             problems.add(path, f"`{dotted}`: {message}" + (f", not `{_on_one_line(str(got))}`" if shown else ""))
 
 

@@ -153,16 +153,20 @@ def _before(order: Submitted) -> list[str]:
 
 
 def _after(order: Submitted) -> list[str]:
-    # A busy controller is asked again; a job that was cancelled meanwhile is left as it is.
+    # Not SLURM_JOB_ID: for the last element of an array that is the id of the whole array. A busy controller is
+    # asked again; a job that was cancelled meanwhile is left as it is.
     return [
-        f'{_once(order, "after")} "$?"',
+        "code=$?",
+        'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        'state=$(squeue --noheader --job "$job" --format %T)',
+        f'{_once(order, "after")} "$code" "$state"',
         "code=$?",
         f'if [ "$code" = {PreemptedError.exit_code} ]; then',
         "    for pause in 0 5 15 30; do",
         '        sleep "$pause"',
-        '        state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) || continue',
+        '        state=$(squeue --noheader --job "$job" --format %T) || continue',
         '        [ "$state" = RUNNING ] || break',
-        '        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && break  # SLURM ends this script',
+        '        scontrol requeue "$job" && sleep 60 && break  # SLURM ends this script',
         "    done",
         "fi",
         'exit "$code"',

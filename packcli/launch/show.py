@@ -116,8 +116,8 @@ def scripts(document: dict[str, Any]) -> list[str]:
     return shown
 
 
-def outcome(found: Outcome, live: int) -> dict[str, Any]:
-    """What a submission came to, as JSON. `live`: elements that were there already."""
+def outcome(found: Outcome) -> dict[str, Any]:
+    """What a submission came to, as JSON."""
     return {
         "submitted": [
             {
@@ -128,7 +128,8 @@ def outcome(found: Outcome, live: int) -> dict[str, Any]:
             }
             for sent in found.sent
         ],
-        "already_there": live,
+        "already_there": found.live,
+        "of_another_profile": found.otherwise,
         "skipped": [list(stage) for stage in found.skipped],
         "not_submitted": [{"cause": failure.cause, "fix": failure.fix} for failure in found.failures],
     }
@@ -142,10 +143,11 @@ def outcome_lines(document: dict[str, Any], sweep_file: str) -> list[str]:
     ]
     if document["already_there"]:
         lines.append(f"{document['already_there']:,} jobs were there already")
+    if other := document["of_another_profile"]:
+        lines.append(f"{other:,} of them as another profile, or this one before it changed, asked: `cancel` first")
     if lines:
-        lines.append(
-            f"watch: packcli status {sweep_file}; stop: packcli cancel {sweep_file} (with the same --runs)"
-        )
+        same = "with the same --runs, --set and --only"
+        lines.append(f"watch: packcli status {sweep_file}; stop: packcli cancel {sweep_file} ({same})")
     else:
         lines.append("nothing to submit: all that can be done is done")
     return lines

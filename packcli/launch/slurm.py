@@ -71,6 +71,11 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def is_cancelled(state: str) -> bool:
+    """Of a job whose script still runs: whether its state says that it is being cancelled; "" is not known."""
+    return state.strip() in ("CANCELLED", "COMPLETING")
+
+
 def require() -> None:
     """Raise `MissingError` where there is no SLURM."""
     if not is_here():
@@ -175,8 +180,19 @@ def partitions() -> list[str]:
     return sorted(set(answer.stdout.split())) if answer.returncode == 0 else []
 
 
+def partition_sizes() -> dict[str | None, int]:
+    """Nodes of each partition; of None, those of the default one. Those that SLURM does not tell are left out."""
+    answer = _call(["sinfo", "--noheader", "--format=%P|%D"])
+    sizes: dict[str | None, int] = {}
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
+        name, _, count = line.partition("|")
+        for key in {name.rstrip("*"), None} if name.endswith("*") else {name}:
+            sizes[key] = sizes.get(key, 0) + (int(count) if count.isdigit() else 0)
+    return {key: size for key, size in sizes.items() if size}
+
+
 def _refusal(stderr: str) -> PackcliError:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith("Try ")]
     said = next((line for line in reversed(lines) if "error" in line.lower() or "failure" in line.lower()), "")
     said = re.sub(
         r"^(sbatch: )?(error: |allocation failure: )?", "", said or (lines[-1] if lines else "no message")

@@ -14,7 +14,7 @@ from packcli.launch.life import Attempt
 from packcli.launch.profile import StageName
 from packcli.launch.slurm import Seen
 from packcli.plan import Plan
-from packcli.store import Store
+from packcli.store import State, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,13 @@ def jobs(plan: Plan, store: Store, view: View | None) -> dict[Stage, dict[str, A
     """For each stage that is not done, its newest job, as plain data: `id`, `state`, `reason`, `nodes`, `attempt`.
 
     `state`: queued, running; ended or cancelled, without a result; unknown, where no SLURM answers (`view` None).
-    `attempt`: how many have begun.
+    `attempt`: how many have begun. A stage that failed is cancelled only where its failure is a transient one.
     """
     states = store.states(plan.stages())
     missing = {stage for stage, state in states.items() if state != "done"}
     lost: Mapping[Stage, Seen] = {}
-    if view is not None and (lost := view.lost(stage for stage in missing if states[stage] == "pending")):
+    unsaid = [stage for stage in missing if _may_be_lost(store, stage, states[stage])]
+    if view is not None and (lost := view.lost(unsaid)):
         # Another sweep may have submitted since `view` was made: what is live now, below, is no loss.
         view = View(store, patient=False)
     found: dict[Stage, dict[str, Any]] = {}
@@ -77,12 +78,22 @@ def jobs(plan: Plan, store: Store, view: View | None) -> dict[Stage, dict[str, A
             found[stage] = _of_attempt(attempts, is_known=view is not None)
     for stage, seen in lost.items():
         state = "cancelled" if seen.reason == slurm.CANCELLED else "ended"
+        if state == "ended" and states[stage] == "failed":
+            continue  # the failure says more
         found[stage] = _of_seen(seen, found.get(stage, {}).get("attempt", 0)) | {"state": state}
     for item in live(plan, store, view).values() if view else ():
         if item.element.part is None:
             record = _of_seen(item.seen, len(item.attempts))
             found.update({stage: record for stage in item.element.stages if stage in missing})
     return found
+
+
+def _may_be_lost(store: Store, stage: Stage, state: State) -> bool:
+    """Whether SLURM's word on the newest job counts: a transient failure is only how an attempt at it ended."""
+    if state != "failed":
+        return state == "pending"
+    error = store.failure(*stage)
+    return error is not None and error.kind in life.TRANSIENT
 
 
 def _of_seen(seen: Seen, attempt: int) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def collect(plan: Plan, store: Store, jobs: Mapping[Stage, Mapping[str, Any]] | 
 def _stage(
     stage: Stage, state: State, job: Mapping[str, Any] | None, store: Store, failures: _Failures
 ) -> dict[str, Any]:
-    """A live job goes before an old failure, which it is to mend; a lock before both: somebody works."""
+    """A live job goes before an old failure, which it is to mend; so does a cancelled one, which was to mend it; a
+    lock before all: somebody works."""
     shown: dict[str, Any] = {"id": stage[1], "state": state}
     word = job["state"] if job is not None else None
     live = word in ("queued", "running")
@@ -64,9 +65,9 @@ def _stage(
         shown["job"] = dict(job)
     if live:
         shown["state"] = "running" if state == "running" else word
-    elif state == "failed" and (error := store.failure(*stage)) is not None:
+    elif state == "failed" and word != "cancelled" and (error := store.failure(*stage)) is not None:
         shown["why"] = failures.add(error.cause, error.fix)
-    elif job is not None and state == "pending" and _is_over(job):
+    elif job is not None and _is_over(job):
         shown["state"] = "failed" if word == "ended" else "pending"
         shown["why"] = failures.add(job["reason"], _AGAIN)
     return shown

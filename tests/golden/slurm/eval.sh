@@ -30,14 +30,17 @@ srun --unbuffered --output /shared/runs/slurm/0a1b2c3d/array-6/%A_%a_%t_log.out 
 
 
 # teardown
-/opt/packcli/bin/python -u -m packcli.launch.job after /shared/runs/slurm/0a1b2c3d/array-6 "$?"
+code=$?
+job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+state=$(squeue --noheader --job "$job" --format %T)
+/opt/packcli/bin/python -u -m packcli.launch.job after /shared/runs/slurm/0a1b2c3d/array-6 "$code" "$state"
 code=$?
 if [ "$code" = 75 ]; then
     for pause in 0 5 15 30; do
         sleep "$pause"
-        state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) || continue
+        state=$(squeue --noheader --job "$job" --format %T) || continue
         [ "$state" = RUNNING ] || break
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && break  # SLURM ends this script
+        scontrol requeue "$job" && sleep 60 && break  # SLURM ends this script
     done
 fi
 exit "$code"
