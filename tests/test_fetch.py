@@ -142,6 +142,7 @@ def test_only_the_files_that_loading_takes_are_downloaded_and_only_once(
     assert second.json()["bytes"] == first.json()["bytes"] == run("fetch", "--json", offline=True).json()["bytes"]
 
 
+@pytest.mark.slow
 def test_of_sharded_weights_the_shards_of_the_index_are_downloaded(
     run: Callable[..., Done], server: HubServer
 ) -> None:
@@ -163,6 +164,7 @@ def test_of_sharded_weights_the_shards_of_the_index_are_downloaded(
     assert (done.code, "no weights in safetensors" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_goes_on_with_the_files_that_are_missing(
     run: Callable[..., Done], server: HubServer, tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ def test_an_attempt_that_only_begins_has_no_pace(
 # SLURM -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_controller_that_restarts_is_waited_for_and_told_once(
     sent: Sent, lines: list[str], play: Callable[..., list[float]]
 ) -> None:
@@ -254,7 +255,7 @@ def test_ctrl_c_says_that_the_jobs_go_on_and_not_that_work_was_interrupted(
     process.send_signal(signal.SIGINT)
     told += process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert told.endswith("error: left: the jobs go on\n\nhint: the same command with --wait rejoins\n")
+    assert told.endswith("\nleft: the jobs go on; the same command with --wait rejoins\n")
     assert "interrupted" not in told
     assert sent.slurm.calls("scancel") == []
     assert len(slurm.live()) == 3  # as before: all there, and none sent twice

@@ -44,6 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
+SLOW = ("qwen3_moe", "granite", "gemma3_text", "phi3")  # their like are among the others
+EACH = [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
+
 
 def trainee(family: str, config: dict[str, Any]) -> Trainee:
     torch.manual_seed(0)
@@ -56,7 +59,7 @@ def trainee(family: str, config: dict[str, Any]) -> Trainee:
     return Trainee(model, BACKEND)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_packed_equals_padded_on_every_family(tiny: Data, family: str) -> None:
     model = trainee(family, FAMILIES[family])
     packed, padded = tiny.index("best_fit").rows, tiny.index("padding").rows
@@ -72,7 +75,7 @@ def test_packed_equals_padded_on_every_family(tiny: Data, family: str) -> None:
         assert worst <= 1e-5, f"{name}: {worst:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_every_family_passes_the_probe(family: str) -> None:
     model = trainee(family, FAMILIES[family])
     for name in ("best_fit", "random"):
