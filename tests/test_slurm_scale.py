@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from conftest import soak
 from fake_slurm import COMMANDS
 from followed import Sent
 from test_graph import planned, profile
@@ -129,6 +130,7 @@ def test_a_job_does_not_write_the_plan_of_all_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@soak
 @SWEEPS
 def test_submitting_and_looking_grow_with_the_cells_and_not_with_their_square(
     make: Callable[[int], Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, slurm
+from conftest import soak
 
 from packcli.plan import Plan
 from packcli.store import Store
 
 pytestmark = pytest.mark.slurm
-soak = pytest.mark.skipif("PACKCLI_SOAK" not in os.environ, reason="minutes; `make soak` runs it")
 
 MODEL = {"name": "tiny", "base": {"train": {"steps": 4}}}
 DATA = {"source": "tiny", "max_length": 192, "validation": 0.05, "max_documents": 300}
