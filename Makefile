@@ -25,11 +25,11 @@ test: setup
 	@$(BIN)/python -m pytest -n 2
 
 test-slow: setup
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow --durations=12
 
 # Starts a SLURM of four nodes on this machine; as root it installs what is missing. `-rs`: why tests were skipped.
 test-slurm: setup
-	@$(BIN)/python -m pytest -m slurm -rs
+	@$(BIN)/python -m pytest -m slurm -rs --durations=12
 
 # The long suites in full, with what CI leaves out: real time limits, nodes taken away. About an hour on two cores.
 soak: setup
