@@ -136,7 +136,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sweep.runs
 
 
-STEPS = 60
+STEPS = 240  # some seconds on an idle machine: whoever interrupts must come in time
 
 
 @pytest.fixture
@@ -246,7 +246,8 @@ def test_a_node_that_crashes_under_a_four_node_training_changes_no_bit_of_its_we
     assert cell["stages"]["train"]["state"] == "queued"
     cluster.boot("node2")
     ended(cluster)
-    assert sweep.ends() == ["lost", "done"]
+    # Who is first: SLURM, which finds the node dead, or the other ranks, which find it gone.
+    assert sweep.ends() in (["lost", "done"], ["peer", "done"])
     assert sweep.attempts()[1]["began_at"] >= 10, "from the checkpoint"
     assert (weights(sweep, sweep.train()), losses(sweep, sweep.train())) == uninterrupted(4)
 
@@ -272,8 +273,8 @@ def test_two_time_limits_cost_no_step_and_no_bit(
 
 def test_each_element_of_an_array_is_requeued_and_no_other(cluster: Cluster, base: Path, tmp_path: Path) -> None:
     # The last element of an array has the array's own id as SLURM_JOB_ID.
-    keys = {"matrix": {"arm": ["best_fit"], "seed": [0, 1, 2]}}
-    sweep = Sweep(tmp_path, "three", steps=40, profile={"nodes": 1, "array_cap": 2}, **keys)
+    keys = {"matrix": {"arm": ["best_fit"], "train.lr": [1.0e-3, 2.0e-3, 3.0e-3], "seed": [0]}}
+    sweep = Sweep(tmp_path, "three", steps=1000, profile={"nodes": 1, "array_cap": 2}, **keys)
     shutil.copytree(base / "store", sweep.runs / "store")
     (train,) = [item["job"] for item in sweep.submit()["submitted"] if item["kind"] == "train"]
 
