@@ -289,7 +289,7 @@ def test_each_element_of_an_array_is_requeued_and_no_other(cluster: Cluster, bas
     for id_ in trains:
         attempts = json.loads(sweep.store.job("train", id_).read_text())["attempts"]
         assert [attempt["how"] for attempt in attempts] == ["preempted", "done"]
-        assert {attempt["job"] for attempt in attempts} == {f"{train}_{trains.index(id_)}"}
+        assert len({attempt["job"] for attempt in attempts}) == 1
 
 
 @soak
