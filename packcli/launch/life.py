@@ -138,7 +138,7 @@ def end(store: Store, stages: Sequence[Stage], code: int, stopped: str, policy: 
         write(store, lead, life.ended("done", stood_at))
         return 0
     error = next((found for stage in stages if (found := store.failure(*stage)) is not None), None)
-    how = stopped if stopped == "cancelled" else _how(error, code, stopped)
+    how = _how(error, code, stopped)
     life = life.ended(how, stood_at, error.cause if error else "")
     write(store, lead, life)
     if how not in TRANSIENT and how not in _STOPPED:

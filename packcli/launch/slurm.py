@@ -72,7 +72,7 @@ def is_here() -> bool:
 
 
 def is_cancelled(state: str) -> bool:
-    """Of a job whose script still runs: whether its state says that it is being cancelled; "" is not known."""
+    """Of a job that was stopped: whether its state says that it is not to go on; "" is not known."""
     return state.strip() in ("CANCELLED", "COMPLETING")
 
 
