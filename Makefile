@@ -31,7 +31,7 @@ test-slow: setup
 test-slurm: setup
 	@$(BIN)/python -m pytest -m slurm -rs --durations=12
 
-# The long suites in full, with what CI leaves out: real time limits, nodes taken away. About an hour on two cores.
+# The long suites in full, with what CI leaves out: real time limits, nodes taken away.
 soak: setup
 	@PACKCLI_SOAK=1 $(BIN)/python -m pytest -m 'slow or slurm' -rs
 
