@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from packcli.config import EvalSpec
-from packcli.eval import engine
+from packcli.eval.engines import engine
 from packcli.eval.harness import Harness
 
 END = "<|endoftext|>"
@@ -155,7 +155,7 @@ def measure(
     """Runs by engine and batch size, and the batch sizes that ours found."""
     from lm_eval.models.huggingface import HFLM
 
-    from packcli.eval.engine_hf import HuggingFace
+    from packcli.eval.engines.hf import HuggingFace
 
     loaded = engine.load(checkpoint, chat_template=False, device="cpu")
     model, encoder = loaded.model, loaded.tokenizer

@@ -9,7 +9,8 @@ from typing import Any
 from packcli.config import EvalSpec, SweepSpec
 from packcli.data import render, sources
 from packcli.errors import ConfigError
-from packcli.eval import engine, protocol
+from packcli.eval import protocol
+from packcli.eval.engines import engine
 from packcli.files import digest, read_json, sha256_file, write_json
 from packcli.plan import needed, source_key, task_key
 from packcli.store import Store

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "packcli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A file imports files of lower rank, or of its own rank in its own folder.
+# A file imports files of lower rank, or of its own rank in its own folder (`eval/`: with what is below it).
 RANKS = {
     "errors": 0,
     "files": 0,
@@ -51,7 +51,7 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
 }
-HEAVY = ("torch", "transformers", "datasets", "submitit", "lm_eval", "matplotlib")
+HEAVY = ("torch", "transformers", "datasets", "submitit", "lm_eval", "matplotlib", "openai")
 # What a run directory holds. A whole literal, or the beginning of one: a message may still say "manifest.json".
 NAMES = {
     "manifest.json",
@@ -139,7 +139,7 @@ def test_no_file_imports_a_layer_above_it(file: Path) -> None:
     upward = [
         f"{file.relative_to(PACKAGE.parent)}:{line}: {'.'.join(other)}"
         for other, line in imported(file)
-        if not (rank(other) < rank(own) or (rank(other) == rank(own) and other[:-1] == own[:-1]))
+        if not (rank(other) < rank(own) or (rank(other) == rank(own) and other[:-1][:1] == own[:-1][:1]))
     ]
     assert upward == []
 

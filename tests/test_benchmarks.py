@@ -19,7 +19,8 @@ from test_eval import BENCHMARKS, CHATML, build_tokenizer, only, save_llama
 from packcli import stages
 from packcli.config import EvalSpec
 from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
-from packcli.eval import engine, long_context, protocol, rows, scorers
+from packcli.eval import long_context, protocol, rows, scorers
+from packcli.eval.engines import engine
 from packcli.files import digest, sha256_file, write_jsonl
 from packcli.store import Manifest, Store
 
@@ -303,7 +304,7 @@ def test_score_differs_from_lm_evals_own(
         patch.setattr(evaluator, "evaluate", spy)
         result, _ = only(harness_of(bench_data=BENCHMARKS, limit=limit, **settings).evaluate(llama, [task]))  # type: ignore[arg-type]
     if answers == "mixed" or (task == "mmlu" and chat_template):
-        # lm-eval's own class moves the newline behind `assistant` into the answer (`packcli/eval/split.py`).
+        # lm-eval's own class moves the newline behind `assistant` into the answer (`engines/split.py`).
         lm = engine.load(llama, **settings)  # type: ignore[arg-type]
     else:
         add_bos_token = False if chat_template else None

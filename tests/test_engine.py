@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from packcli.errors import MissingError, OutOfMemoryError
-from packcli.eval import engine, generation
 from packcli.eval.checkpoint import read
-from packcli.eval.generation import BatchSize, Stops
+from packcli.eval.engines import engine, generation
+from packcli.eval.engines.generation import BatchSize, Stops
 
 pytestmark = pytest.mark.slow
 
@@ -309,7 +309,7 @@ def test_out_of_memory_while_comparing_given_answers(llama: Path) -> None:
 
 
 def test_logits_of_long_prompts_fill_the_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packcli.eval.engine_hf._LOGITS_BYTES", 100 * 4 * 400)
+    monkeypatch.setattr("packcli.eval.engines.hf._LOGITS_BYTES", 100 * 4 * 400)
     lm = ours(llama)
     sizes: list[int] = []
     lm.model.register_forward_pre_hook(lambda _, given: sizes.append(given[0].numel()))

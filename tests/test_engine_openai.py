@@ -18,8 +18,9 @@ from test_engine import asks, ours, prompts
 from test_eval import build_tokenizer, save_llama
 
 from packcli.errors import ConfigError, MissingError, PackcliError
-from packcli.eval import engine, engine_openai
-from packcli.eval.responses import Recorded
+from packcli.eval.engines import engine
+from packcli.eval.engines import server as engine_openai
+from packcli.eval.engines.responses import Recorded
 
 pytestmark = pytest.mark.slow
 

@@ -26,8 +26,9 @@ from transformers import (
 
 from packcli.data import corpus
 from packcli.errors import ConfigError, IntegrityError, MissingError
-from packcli.eval import engine, prompts, protocol
+from packcli.eval import prompts, protocol
 from packcli.eval.checkpoint import read
+from packcli.eval.engines import engine
 from packcli.eval.harness import Harness, TaskResult
 from packcli.files import sha256_file, write_jsonl
 

@@ -23,11 +23,12 @@ from conftest import REPO
 from judge_server import Answer, Asked, JudgeServer, closed_port, completion, failure
 
 from packcli.errors import ConfigError, DataError, IntegrityError, MissingError
-from packcli.eval import asking, judgespec, mt_bench, templates, verdicts, wildbench
-from packcli.eval.judge import judge, outlook
-from packcli.eval.judgespec import JudgeSpec, key_of
-from packcli.eval.replies import Replies, from_body
-from packcli.eval.verdicts import Judgment, Request, UnusableError
+from packcli.eval.judge import asking, mt_bench, templates, verdicts, wildbench
+from packcli.eval.judge import spec as judgespec
+from packcli.eval.judge.judge import judge, outlook
+from packcli.eval.judge.replies import Replies, from_body
+from packcli.eval.judge.spec import JudgeSpec, key_of
+from packcli.eval.judge.verdicts import Judgment, Request, UnusableError
 
 pytestmark = pytest.mark.slow
 
@@ -793,8 +794,8 @@ def test_a_line_that_is_no_reply_is_named_and_not_skipped(tmp_path: Path) -> Non
 JUDGING = """
 import sys
 from pathlib import Path
-from packcli.eval import mt_bench
-from packcli.eval.judge import judge
+from packcli.eval.judge import mt_bench
+from packcli.eval.judge.judge import judge
 from test_judge import SPEC, requests
 found = judge(requests(int(sys.argv[2])), spec=SPEC, cache=Path(sys.argv[1]))
 print(mt_bench.result(found).model_dump_json())
@@ -1061,7 +1062,8 @@ def test_the_key_is_in_nothing_that_is_written(
 ) -> None:
     start(echo)
     code = (
-        "from pathlib import Path\nfrom packcli.eval import mt_bench\nfrom packcli.eval.judge import judge\n"
+        "from pathlib import Path\nfrom packcli.eval.judge import mt_bench\n"
+        "from packcli.eval.judge.judge import judge\n"
         "from packcli import log\nfrom test_judge import SPEC, requests\nlog.setup()\n"
         "found = judge(requests(20), spec=SPEC, cache=Path('replies'), note=lambda *values: print(values))\n"
         "Path('result.json').write_text(mt_bench.result(found).model_dump_json())\n"
@@ -1097,7 +1099,7 @@ def test_a_dummy_key_does_not_eat_letters_of_the_replies(
 
 def test_importing_the_judge_loads_no_client() -> None:
     code = (
-        "import sys; from packcli.eval import judge, mt_bench, wildbench\n"
+        "import sys; from packcli.eval.judge import judge, mt_bench, wildbench\n"
         "heavy = ('openai', 'torch', 'transformers', 'datasets', 'lm_eval')\n"
         "print(*[name for name in heavy if name in sys.modules])"
     )

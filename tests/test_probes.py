@@ -24,11 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from packcli.config import ARMS, ArmSpec
 from packcli.data import corpus, render
 from packcli.errors import ConfigError, DataError, MissingError, RunError
-from packcli.eval import probe_boundary, probe_documents, probe_effect, probes
-from packcli.eval.probe_boundary import Marks, boundary, factorial
-from packcli.eval.probe_crossing import crossing
-from packcli.eval.probe_effect import LAYOUTS, causal_effect, change, neighbours
-from packcli.eval.probe_rows import Document, Layout, Row, attending, batch, losses, packed
+from packcli.eval.probe import boundary as probe_boundary
+from packcli.eval.probe import effect as probe_effect
+from packcli.eval.probe import probes
+from packcli.eval.probe import reading as probe_documents
+from packcli.eval.probe.boundary import Marks, boundary, factorial
+from packcli.eval.probe.crossing import crossing
+from packcli.eval.probe.effect import LAYOUTS, causal_effect, change, neighbours
+from packcli.eval.probe.layouts import Document, Layout, Row, attending, batch, losses, packed
 from packcli.report import probe_figures
 
 pytestmark = pytest.mark.slow

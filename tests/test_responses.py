@@ -18,8 +18,8 @@ from lm_eval.api.instance import Instance
 from test_eval import build_tokenizer, save_llama
 
 from packcli.errors import IntegrityError
-from packcli.eval import engine
-from packcli.eval.responses import Answer, Recorded
+from packcli.eval.engines import engine
+from packcli.eval.engines.responses import Answer, Recorded
 
 SETTINGS = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
 
@@ -143,7 +143,7 @@ def test_other_settings_or_kind_meet_the_same_answer(tmp_path: Path) -> None:
 def test_log_likelihoods_or_truncation_lost_on_the_way_through_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("packcli.eval.responses._COMPARED_AT_ONCE", 2)
+    monkeypatch.setattr("packcli.eval.engines.responses._COMPARED_AT_ONCE", 2)
     pairs = compares(("short", "a"), ("long prompt", "b"), ("long prompt", "a"), ("", "a"), ("mid", "b"))
     expected = Model().loglikelihood(pairs)
     path = tmp_path / "r.jsonl"
@@ -180,8 +180,9 @@ import torch
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
-from packcli.eval import engine, protocol
-from packcli.eval.responses import Recorded
+from packcli.eval import protocol
+from packcli.eval.engines import engine
+from packcli.eval.engines.responses import Recorded
 from packcli.files import write_json
 
 torch.set_num_threads(1)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from packcli.errors import MissingError, RunError
-from packcli.eval import guest, sandbox
-from packcli.eval.sandbox import Outcome, Sandbox
+from packcli.eval.sandbox import guest, sandbox
+from packcli.eval.sandbox.sandbox import Outcome, Sandbox
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ NOBODY = 65534
 SECRET = "s3cret-" + secrets.token_hex(8)
 HELPER = """
 import json, sys
-from packcli.eval import sandbox
+from packcli.eval.sandbox import sandbox
 boxes = {True: sandbox.find(), False: sandbox.find(unsafe=True)}
 print(json.dumps(boxes[True].name), flush=True)
 for line in sys.stdin:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from packcli.config import EvalSpec
 from packcli.errors import MissingError
-from packcli.eval import engine, lmtasks, prompts, protocol, scorers, stats
-from packcli.eval.responses import Recorded
+from packcli.eval import lmtasks, prompts, protocol, scorers, stats
+from packcli.eval.engines import engine
+from packcli.eval.engines.responses import Recorded
 from packcli.files import digest
 
 if TYPE_CHECKING:
-    from packcli.eval.sandbox import Sandbox
+    from packcli.eval.sandbox.sandbox import Sandbox
 
 Sample = dict[str, Any]
 Note = Callable[[int, int, str], None]
@@ -190,7 +191,7 @@ class Harness:
         """What runs the code that a model wrote, where the task has any."""
         if packaged.facts.scorer != "humaneval":
             return None
-        from packcli.eval import sandbox
+        from packcli.eval.sandbox import sandbox
 
         return sandbox.find(unsafe=self._unsafe_no_sandbox)
 

@@ -13,7 +13,7 @@ from packcli.eval.rows import FewShot, Row
 from packcli.files import digest
 
 if TYPE_CHECKING:
-    from packcli.eval.sandbox import Sandbox
+    from packcli.eval.sandbox.sandbox import Sandbox
 
 
 @dataclass(frozen=True, slots=True)

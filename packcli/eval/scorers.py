@@ -19,7 +19,7 @@ from packcli.eval.protocol import Task
 
 if TYPE_CHECKING:
     from packcli.eval.rows import Row
-    from packcli.eval.sandbox import Sandbox
+    from packcli.eval.sandbox.sandbox import Sandbox
 
 _NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 

@@ -1,4 +1,4 @@
-"""Pictures of what the probes found (`packcli/eval/probes.py`), one each, from their JSON alone.
+"""Pictures of what the probes found (`packcli/eval/probe/probes.py`), one each, from their JSON alone.
 
 Equal results give equal files, byte for byte.
 """

@@ -13,8 +13,8 @@ from packcli.data import chat, conversations, corpus
 from packcli.data.encode import Encoded, Encoder
 from packcli.data.render import Rendered, Renderer
 from packcli.errors import ConfigError, DataError
-from packcli.eval.probe_boundary import Factor, Marks
-from packcli.eval.probe_rows import Document
+from packcli.eval.probe.boundary import Factor, Marks
+from packcli.eval.probe.layouts import Document
 from packcli.seeds import rng
 
 EMBEDDED = "tiny"

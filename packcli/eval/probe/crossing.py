@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface
 
 from packcli.errors import ConfigError
-from packcli.eval.probe_rows import Frozen, Layout, Row, attending, batch
+from packcli.eval.probe.layouts import Frozen, Layout, Row, attending, batch
 from packcli.model import attention, configs
 from packcli.model.attention import Segments
 

@@ -62,9 +62,10 @@ def run(
         MissingError: documents without a topic, and no scikit-learn.
         RunError: something else than attention carries one document into the next.
     """
-    from packcli.eval import probe_documents, probe_rows
-    from packcli.eval.probe_boundary import boundary
-    from packcli.eval.probe_effect import causal_effect, change
+    from packcli.eval.probe import layouts as probe_rows
+    from packcli.eval.probe import reading as probe_documents
+    from packcli.eval.probe.boundary import boundary
+    from packcli.eval.probe.effect import causal_effect, change
 
     chosen = settings or Settings()
     arms, seed = {name: _arm(name) for name in chosen.arms}, chosen.seed
@@ -113,8 +114,8 @@ def _crossings(
     seed: int,
     note: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
-    from packcli.eval.probe_crossing import crossing
-    from packcli.eval.probe_rows import Layout, packed
+    from packcli.eval.probe.crossing import crossing
+    from packcli.eval.probe.layouts import Layout, packed
 
     found = {}
     for name, arm in arms.items():

@@ -27,9 +27,9 @@ from lm_eval.models.utils import (
 
 from packcli.errors import ConfigError, MissingError, PackcliError
 from packcli.eval.checkpoint import first_line, read_tokenizer
-from packcli.eval.judgespec import Server, server
-from packcli.eval.responses import Answer, Request, texts
-from packcli.eval.split import encode_pair
+from packcli.eval.engines.responses import Answer, Request, texts
+from packcli.eval.engines.split import encode_pair
+from packcli.eval.judge.spec import Server, server
 
 WORKERS = 16
 """Requests under way at a time, unless a batch size says otherwise."""

@@ -14,8 +14,8 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.models.vllm_causallms import VLLM, SamplingParams
 
 from packcli.eval.checkpoint import read_tokenizer
-from packcli.eval.responses import Answer, Request, texts
-from packcli.eval.split import encode_pair
+from packcli.eval.engines.responses import Answer, Request, texts
+from packcli.eval.engines.split import encode_pair
 
 _AT_ONCE = 1024
 """Requests handed to vLLM at a time, which batches them itself: more: it idles less; fewer: less is lost."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from packcli.errors import DataError, MissingError, RunError
-from packcli.eval.probe_rows import Document, Estimate, Frozen, Layout, Row, attending, fitting, losses, room
+from packcli.eval.probe.layouts import Document, Estimate, Frozen, Layout, Row, attending, fitting, losses, room
 from packcli.eval.stats import mean_stderr
 from packcli.seeds import rng
 

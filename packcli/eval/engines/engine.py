@@ -38,7 +38,7 @@ def load(
     """
     match engine:
         case "hf":
-            from packcli.eval import engine_hf
+            from packcli.eval.engines import hf as engine_hf
 
             return engine_hf.load(checkpoint, chat_template=chat_template, batch_size=batch_size, device=device)
         case "vllm":
@@ -48,13 +48,13 @@ def load(
                     "vLLM wants a torch of its own: `python -m venv V`, `V/bin/pip install vllm 'packcli[eval]'`, "
                     "`V/bin/packcli eval --engine vllm ...`",
                 )
-            from packcli.eval import engine_vllm
+            from packcli.eval.engines import vllm as engine_vllm
 
             return engine_vllm.load(checkpoint, chat_template=chat_template, batch_size=batch_size)
         case "openai":
             if importlib.util.find_spec("openai") is None:
                 raise MissingError("`--engine openai` needs the package `openai`", "pip install 'packcli[judge]'")
-            from packcli.eval import engine_openai
+            from packcli.eval.engines import server as engine_openai
 
             return engine_openai.load(
                 checkpoint, chat_template=chat_template, batch_size=batch_size, base_url=base_url

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from packcli.errors import ConfigError, MissingError
-from packcli.eval.judgespec import JudgeSpec, Price, Server, messages, most_tokens
-from packcli.eval.replies import Replies, from_body, verdict, without
-from packcli.eval.verdicts import Failure, Request, UnusableError
+from packcli.eval.judge.replies import Replies, from_body, verdict, without
+from packcli.eval.judge.spec import JudgeSpec, Price, Server, messages, most_tokens
+from packcli.eval.judge.verdicts import Failure, Request, UnusableError
 from packcli.log import plain
 
 if TYPE_CHECKING:

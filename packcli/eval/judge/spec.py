@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packcli import yamlfile
 from packcli.errors import ConfigError, MissingError
-from packcli.eval.verdicts import Form, Request
+from packcli.eval.judge.verdicts import Form, Request
 
 DOCS = "docs/judge.md"
 

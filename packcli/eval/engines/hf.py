@@ -12,9 +12,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from packcli.errors import OutOfMemoryError
 from packcli.eval.checkpoint import read
-from packcli.eval.generation import Writer, Written
-from packcli.eval.responses import Answer, Request, texts
-from packcli.eval.split import encode_pair
+from packcli.eval.engines.generation import Writer, Written
+from packcli.eval.engines.responses import Answer, Request, texts
+from packcli.eval.engines.split import encode_pair
 
 _MOST_COMPARED_AT_ONCE = 64
 _LOGITS_BYTES = 2 << 30

@@ -16,7 +16,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packcli.errors import IntegrityError
-from packcli.eval.verdicts import Form, UnusableError, read
+from packcli.eval.judge.verdicts import Form, UnusableError, read
 from packcli.files import disk_full, fsync_directory, json_line
 from packcli.log import logger
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from packcli.errors import DataError
-from packcli.eval.probe_rows import Document, Estimate, Frozen, Layout, Row, attending, fitting, losses, room
+from packcli.eval.probe.layouts import Document, Estimate, Frozen, Layout, Row, attending, fitting, losses, room
 from packcli.eval.stats import mean_stderr
 from packcli.seeds import rng
 

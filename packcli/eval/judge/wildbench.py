@@ -20,9 +20,9 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packcli.errors import DataError, IntegrityError, MissingError
-from packcli.eval import templates
-from packcli.eval.templates import PublicFile
-from packcli.eval.verdicts import JudgedResult, Judgment, Part, Request, Scored, settle, stderr
+from packcli.eval.judge import templates
+from packcli.eval.judge.templates import PublicFile
+from packcli.eval.judge.verdicts import JudgedResult, Judgment, Part, Request, Scored, settle, stderr
 from packcli.files import digest
 
 NUM_QUESTIONS = 1024

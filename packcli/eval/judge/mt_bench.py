@@ -18,9 +18,9 @@ from typing import Any
 import orjson
 
 from packcli.errors import DataError
-from packcli.eval import templates
-from packcli.eval.templates import PublicFile
-from packcli.eval.verdicts import JudgedResult, Judgment, Part, Request, Scored, settle, stderr
+from packcli.eval.judge import templates
+from packcli.eval.judge.templates import PublicFile
+from packcli.eval.judge.verdicts import JudgedResult, Judgment, Part, Request, Scored, settle, stderr
 
 RULE = "mean of the ratings 1 to 10 over both turns, as FastChat's `single` mode averages them"
 

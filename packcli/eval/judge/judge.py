@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcli.eval.asking import Asking, Note, Why
-from packcli.eval.judgespec import JudgeSpec, Price, api_key, key_of, most_tokens, num_bytes, price_of, server
-from packcli.eval.replies import Replies, Reply, verdict
-from packcli.eval.verdicts import Judgment, Request
+from packcli.eval.judge.asking import Asking, Note, Why
+from packcli.eval.judge.replies import Replies, Reply, verdict
+from packcli.eval.judge.spec import JudgeSpec, Price, api_key, key_of, most_tokens, num_bytes, price_of, server
+from packcli.eval.judge.verdicts import Judgment, Request
 
 _BYTES_PER_TOKEN = 4  # of English, about
 
