@@ -292,7 +292,8 @@ def evaluate(
     tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma-separated.")],
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score the first N items only.")] = None,
     bench_data: Annotated[
-        Path | None, typer.Option("--bench-data", help="Directory of benchmark files; without it, the hub.")
+        str | None,
+        typer.Option("--bench-data", metavar="DIR", help="Directory of benchmark files; without it, the hub."),
     ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="Prompt as chat turns, or as plain text.")
@@ -316,6 +317,35 @@ def evaluate(
     unsafe_no_sandbox: Annotated[
         bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
     ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="MODEL|FILE.yaml", help="Who judges wildbench, mt_bench: docs/judge.md."),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option("--judge-url", metavar="URL", help="The judge's server. [default: OPENAI_BASE_URL, OpenAI]"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="FILE", help="Another model's WildBench answers: WB-Reward, too."),
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option("--prices", metavar="FILE.yaml", help="USD per million tokens of judges.")
+    ] = None,
+    max_cost_usd: Annotated[
+        float | None, typer.Option("--max-cost-usd", metavar="X", min=0, help="Of the judge, for each task.")
+    ] = None,
+    probe_data: Annotated[
+        str | None,
+        typer.Option("--probe-data", metavar="SOURCE", help="Conversations for `probes`. [default: a toy corpus]"),
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option("--before", metavar="DIR_OR_HUB_ID", help="For `probes`: the checkpoint before training."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="Draw what `probes` found there.")
+    ] = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -323,44 +353,34 @@ def evaluate(
 
     Run again after an interruption, it goes on with the answers it has.
     """
-    from packcli import stages
-    from packcli.config import EvalSpec
-    from packcli.launch.local import Failure
-    from packcli.report import scores
-    from packcli.store import Manifest, Store
+    from packcli import evaluation
+    from packcli.config import EvalSpec, ProbeSpec
+    from packcli.eval.judge import spec as judges
+    from packcli.store import Store
 
-    store = Store(runs)
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    data = str(bench_data) if bench_data else None
+    given = {"base_url": judge_url, "against": against, "prices": prices, "max_cost_usd": max_cost_usd}
     spec = EvalSpec(
-        tasks=names,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         limit=limit,
-        bench_data=data,
+        bench_data=bench_data,
         chat_template=chat_template,
         fewshot=fewshot,
         engine=engine,
         batch_size=batch_size,
         base_url=base_url,
+        judge=judges.named(judge, given),
+        probes=ProbeSpec(source=probe_data, before=before),
     )
-    orders = stages.foreign_orders(ckpt, spec, store)
-    harness = stages.harness_for(spec, unsafe_no_sandbox=unsafe_no_sandbox)
-    results, failures = [], []
-    for order, outcome in stages.evaluate(orders, store, harness, checkpoint=ckpt):
-        if isinstance(outcome, Manifest):
-            results.append(outcome.results)
-            if left_out := outcome.results.get("left_out"):
-                cause = f"{order.task}: {left_out['reason']}"
-                failures.append(Failure(("eval", order.id), cause, left_out["fix"], MissingError.exit_code))
-        else:
-            failures.append(
-                Failure(("eval", order.id), f"{order.task}: {outcome}", outcome.fix, outcome.exit_code)
-            )
-    document = {"checkpoint": ckpt, "results": results, "not_run": {f.cause: f.fix for f in failures}}
+    done = evaluation.evaluate(ckpt, spec, Store(runs), unsafe_no_sandbox=unsafe_no_sandbox)
     if json:
-        console.print_json(document)
-    elif results:
-        console.show(scores.table(results))
-    console.finish(failures)
+        console.print_json(done.document())
+    else:
+        for part in done.shown():
+            console.show(part)
+    if figures is not None:
+        for path in evaluation.draw(done, figures):
+            log.logger.info("%s", path)
+    console.finish(done.failures)
 
 
 @app.command()
@@ -519,7 +539,7 @@ def report(
     format_: Annotated[Format, typer.Option("--format", help="table, md, csv or json.")] = "table",
     figures: Annotated[
         Path | None,
-        typer.Option("--figures", metavar="DIR", help="Also draw loss, throughput and speed-up there."),
+        typer.Option("--figures", metavar="DIR", help="Also draw loss, throughput, speed-up and probes there."),
     ] = None,
     only: Only = None,
     set_: Sets = None,
@@ -531,9 +551,11 @@ def report(
     _report(plan, store, "json" if json else format_)
     if figures is not None:
         from packcli.report import figures as drawing
-        from packcli.report import rows
+        from packcli.report import probe_figures, rows
 
-        for path in drawing.draw(rows.collect(plan, store), store, figures):
+        collected = rows.collect(plan, store)
+        drawn = [*drawing.draw(collected, store, figures), *probe_figures.of_cells(collected, store, figures)]
+        for path in drawn:
             log.logger.info("%s", path)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 
@@ -337,6 +337,59 @@ class ModelSpec(Spec):
         return self
 
 
+class JudgeSpec(Spec):
+    """The model that judges answers (WildBench, MT-bench), how it writes, and what it may cost; docs/judge.md.
+
+    model              as its server knows it.
+    base_url           of that server; by default OPENAI_BASE_URL, else OpenAI's own.
+    against            a file of another model's WildBench answers: beside the score, WB-Reward against them.
+    length_margin      WB-Reward's K, in characters: a slight win longer by more is a tie; None: no such rule.
+    max_answer_tokens  of one answer of the checkpoint; by default the benchmark's own.
+    max_tokens         of one reply of the judge; `token_limit`: the name by which its server knows that bound.
+    temperature, json_mode   null and false leave the key out, for servers that refuse it.
+    prices             a YAML file, USD per million tokens.
+    max_cost_usd       for one task of one checkpoint, whatever earlier runs spent on the same judgments included.
+    deadline_s         of one judgment with all its retries; `timeout_s`: the silence on one connection.
+    max_retries        of one call, for what server or connection did wrong; `attempts`: replies asked for until
+                       one is a verdict; `workers`: judgments asked for at a time.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    base_url: str | None = None
+    against: str | None = None
+    length_margin: NonNegativeInt | None = None
+    max_answer_tokens: PositiveInt | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 0.0
+    max_tokens: PositiveInt = 2048
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    json_mode: bool = True
+    prices: str | None = None
+    max_cost_usd: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    workers: Annotated[int, Field(ge=1, le=256)] = 8
+    deadline_s: PositiveFloat = 300.0
+    timeout_s: PositiveFloat = 60.0
+    max_retries: NonNegativeInt = 5
+    attempts: PositiveInt = 2
+
+
+class ProbeSpec(Spec):
+    """What the task `probes` looks at; docs/probes.md.
+
+    source      conversations; by default the cell's own data, for a checkpoint by itself packcli's toy corpus.
+    before      the checkpoint before training; by default what the cell started from.
+    arms        packing arms by whose rows, attention and positions crossing attention is measured.
+    count       of documents, drawn by `seed`.
+    max_length  of a row; by default what the model has positions for, at most 4,096 (the toy corpus: 192).
+    """
+
+    source: str | None = None
+    before: str | None = None
+    arms: tuple[str, ...] = ("random", "greedy", "best_fit")
+    count: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
 class EvalSpec(Spec):
     """`fewshot`: with a chat template, examples are turns of their own, or text in the user's one turn.
 
@@ -351,6 +404,8 @@ class EvalSpec(Spec):
     engine: Literal["hf", "vllm", "openai"] = "hf"
     batch_size: PositiveInt | None = None
     base_url: str | None = None
+    judge: JudgeSpec | None = None
+    probes: ProbeSpec = ProbeSpec()
 
 
 Gpu = Literal[

@@ -6,11 +6,13 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from packcli.config import EvalSpec, SweepSpec
+from packcli.config import EvalSpec, ProbeSpec, SourceSpec, SweepSpec
 from packcli.data import render, sources
 from packcli.errors import ConfigError
 from packcli.eval import protocol
 from packcli.eval.engines import engine
+from packcli.eval.judge import tasks as judged
+from packcli.eval.probe import probes
 from packcli.files import digest, read_json, sha256_file, write_json
 from packcli.plan import needed, source_key, task_key
 from packcli.store import Store
@@ -34,7 +36,7 @@ def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
             case "tokenizer" | "model":
                 found[key] = checkpoint(value, hashes, weights=kind == "model")
             case _:
-                found[key] = scoring(*evals[key])
+                found[key] = scoring(*evals[key], hashes)
     hashes.save()
     return found
 
@@ -51,16 +53,30 @@ def checkpoint(name: str, hashes: FileHashes, *, weights: bool) -> str:
     return digest([[file.name, hashes.sha256(file)] for file in files])
 
 
-def scoring(task: str, spec: EvalSpec) -> str:
+def scoring(task: str, spec: EvalSpec, hashes: FileHashes) -> str:
     """A task under one protocol."""
-    return protocol.fingerprint(
-        task,
-        limit=spec.limit,
-        chat_template=spec.chat_template,
-        bench_data=Path(spec.bench_data) if spec.bench_data else None,
-        fewshot_as_turns=spec.fewshot == "turns",
-        engine=engine.identity(spec.engine),
-    )
+    match protocol.kind(task):
+        case "benchmark":
+            return protocol.fingerprint(
+                task,
+                limit=spec.limit,
+                chat_template=spec.chat_template,
+                bench_data=Path(spec.bench_data) if spec.bench_data else None,
+                fewshot_as_turns=spec.fewshot == "turns",
+                engine=engine.identity(spec.engine),
+            )
+        case "judged":
+            return judged.fingerprint(task, spec, hashes.sha256)
+        case "probes":
+            return _probing(spec.probes, hashes)
+
+
+def _probing(spec: ProbeSpec, hashes: FileHashes) -> str:
+    """What is looked at by default, the cell's own data and what it started from, follows from its checkpoint."""
+    given = sources.fingerprint(SourceSpec(source=spec.source), hashes.sha256) if spec.source else None
+    before = checkpoint(spec.before, hashes, weights=True) if spec.before else None
+    chosen = spec.model_dump(mode="json", exclude={"source", "before"})
+    return digest({"version": probes.VERSION, "chosen": chosen, "source": given, "before": before})
 
 
 class FileHashes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,13 @@ def plain(text: str) -> str:
 
 
 def console() -> Console:
-    """The terminal on stderr; rich honours `NO_COLOR` and falls quiet when it is not a terminal."""
+    """The terminal on stderr; rich honours `NO_COLOR` and falls quiet when it is not a terminal.
+
+    On stderr as it is now: who silences a noisy library later does not silence this.
+    """
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(file=sys.stderr)
 
 
 @contextlib.contextmanager

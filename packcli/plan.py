@@ -181,8 +181,8 @@ class Plan(Spec):
 
 def task_key(task: str, spec: EvalSpec) -> str:
     """The fingerprint key of a task under one protocol."""
-    protocol = [task, spec.limit, spec.chat_template, spec.fewshot, spec.bench_data, spec.engine]
-    return f"task:{orjson.dumps(protocol).decode()}"
+    protocol = spec.model_dump(mode="json", exclude={"tasks", "batch_size", "base_url"})
+    return f"task:{orjson.dumps([task, protocol]).decode()}"
 
 
 def source_key(source: SourceSpec) -> str:

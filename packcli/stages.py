@@ -6,7 +6,6 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,12 +21,13 @@ from packcli.config import (
     EstimateSpec,
     EvalSpec,
     ModelSpec,
+    SourceSpec,
     SweepSpec,
     TrainSpec,
 )
 from packcli.errors import ConfigError, IntegrityError, PackcliError
 from packcli.estimate import Estimate, StepArithmetic
-from packcli.eval import protocol
+from packcli.eval import protocol, scoring
 from packcli.files import digest, write_json, write_jsonl
 from packcli.memory import Memory
 from packcli.plan import (
@@ -44,7 +44,7 @@ from packcli.plan import (
 from packcli.store import Manifest, Store, verify
 
 if TYPE_CHECKING:
-    from packcli.eval.harness import Harness
+    from packcli.eval.scoring import OnCheckpoint, Outcome, Scorer, Trained
 
 Note = Callable[[int, int, str], None]
 """Progress of one stage: (done, total or 0 when unknown, a short remark)."""
@@ -255,7 +255,7 @@ def train_together(orders: Sequence[TrainOrder], store: Store, *, fallback: bool
 def evaluate(
     orders: Sequence[EvalOrder],
     store: Store,
-    harness: Harness,
+    scorer: Scorer,
     note: Note = silent,
     checkpoint: Path | str | None = None,
 ) -> Iterator[tuple[EvalOrder, Manifest | PackcliError]]:
@@ -274,63 +274,77 @@ def evaluate(
     if not todo:
         return
     if checkpoint is None:
-        _upstream(store, "train", todo[0].train)
+        trained = _upstream(store, "train", todo[0].train)
         checkpoint = store.final(todo[0].train)
         verify(checkpoint)  # a flipped bit loads silently, and would be scored
-    lm = None
+        subject = scorer.on(checkpoint, _trained(trained, store))
+    else:
+        subject = scorer.on(checkpoint)
     for number, order in enumerate(todo):
         note(number, len(todo), order.task)
         try:
             with store.writing("eval", order.id):
-                harness.require(order.task)
-                if lm is None:
-                    lm = harness.load(checkpoint)
-                result, samples = harness.score(lm, order.task, (store.responses(order.id), order.id))
-                outcome: Manifest | PackcliError = _commit_scores(order, store, result, samples)
+                scorer.require(order.task)
+                yield order, _scored(order, store, subject)
         except PackcliError as error:
-            outcome = error
-        yield order, outcome
+            yield order, error
 
 
-def _bench_data(spec: EvalSpec) -> Path | None:
-    return Path(spec.bench_data) if spec.bench_data else None
+def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
+    kept = store.responses(order.id)
+    outcome: Outcome = subject.score(order.task, kept=(kept, order.id), replies=store.replies)
+    if outcome.record.get("left_out") is None:
+        kept.unlink(missing_ok=True)  # the samples have it all
+    write_jsonl(store.samples(order.id), outcome.samples)
+    write_json(store.items(order.id), outcome.items)
+    write_json(store.results(order.id), outcome.record)
+    return store.commit(
+        "eval",
+        order.id,
+        spec=order.model_dump(mode="json"),
+        inputs={"train": order.train},
+        results=outcome.record,
+        provenance={},
+    )
 
 
-def harness_for(spec: EvalSpec, *, unsafe_no_sandbox: bool = False, note: Note = silent) -> Harness:
-    """The harness of one protocol; keep it: it holds the parsed tasks."""
-    from packcli.eval.harness import Harness
+def _trained(manifest: Manifest, store: Store) -> Trained:
+    from packcli.data import sources
+    from packcli.eval.scoring import Trained
 
-    return Harness(spec, unsafe_no_sandbox=unsafe_no_sandbox, note=note)
+    order = TrainOrder.model_validate(manifest.spec)
+    read = [SourceSpec.model_validate(one) for one in _upstream(store, "tokens", order.tokens).spec["sources"]]
+    before: tuple[Path | str, str] | None = None
+    if order.base is not None:
+        before = store.final(order.base), f"train {order.base}"
+    elif order.model.config is None and order.model.name is not None:
+        before = order.model.name, order.model.name
+    return Trained(
+        name=f"train {order.id}",
+        before=before,
+        sources=None if all(map(sources.is_builtin, read)) else tuple(read),
+        random_weights=bool(manifest.results.get("random_weights")),
+    )
+
+
+def scorer_for(spec: EvalSpec, *, unsafe_no_sandbox: bool = False, note: Note = silent) -> Scorer:
+    """The scorer of one protocol; keep it: it holds the parsed tasks."""
+    from packcli.eval.scoring import Scorer
+
+    return Scorer(spec, unsafe_no_sandbox=unsafe_no_sandbox, note=note)
 
 
 def foreign_orders(checkpoint: str, spec: EvalSpec, store: Store) -> list[EvalOrder]:
     """Orders for a checkpoint that no sweep of ours trained, so that its scores are kept and shared too."""
     hashes = fingerprints.FileHashes(store)
     identity = fingerprints.checkpoint(checkpoint, hashes, weights=True)
-    hashes.save()
     orders = []
     for task in protocol.expand(spec.tasks):
-        protocol_ = fingerprints.scoring(task, spec)
+        protocol_ = fingerprints.scoring(task, spec, hashes)
         id_ = digest({"version": VERSIONS["eval"], "train": identity, "task": protocol_})
         orders.append(EvalOrder(id=id_, train=identity, task=task, protocol=protocol_, eval=spec))
+    hashes.save()
     return orders
-
-
-def _commit_scores(order: EvalOrder, store: Store, result: Any, samples: list[Any]) -> Manifest:
-    record = asdict(result)
-    if result.left_out is None:
-        store.responses(order.id).unlink(missing_ok=True)  # the samples have it all
-    write_jsonl(store.samples(order.id), samples)
-    write_json(store.items(order.id), [float(sample["correct"]) for sample in samples])
-    write_json(store.results(order.id), record)
-    return store.commit(
-        "eval",
-        order.id,
-        spec=order.model_dump(mode="json"),
-        inputs={"train": order.train},
-        results=record,
-        provenance={},
-    )
 
 
 def open_tokens(store: Store, manifest: Manifest) -> Any:
@@ -391,11 +405,11 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
 
         lora.require()
     missing: dict[str, PackcliError] = {}
-    for scoring in plan_.evals.values():
+    for order in plan_.evals.values():
         try:
-            protocol.check_files(scoring.task, _bench_data(scoring.eval))
+            scoring.check_files(order.task, order.eval)
         except PackcliError as error:
-            missing[scoring.task] = error
+            missing[order.task] = error
     return list(missing.values())
 
 

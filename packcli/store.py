@@ -6,6 +6,7 @@
     runs/store/index/<id>/   rows.arrow  validation.arrow
     runs/store/train/<id>/   config.yaml  metrics.jsonl  trackers/  checkpoint-<step>/  final/
     runs/store/eval/<id>/    results.json  samples.jsonl  items.json
+    runs/store/judge/        what judges replied, by judge; of no single checkpoint
 
 In each stage directory `manifest.json`, written last, means done and `failure.json` failed. Deleting a
 directory is the reset. `metrics.jsonl` and `trackers/` are logs: they hold times, so no checksum is kept of them.
@@ -29,7 +30,7 @@ from typing import Any, Literal
 from packcli import __version__
 from packcli.config import Spec
 from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
-from packcli.files import locked, read_json, sha256_file, write_json
+from packcli.files import digest, locked, read_json, sha256_file, write_json
 from packcli.plan import VERSIONS, Kind, Plan
 
 State = Literal["pending", "running", "done", "failed"]
@@ -243,8 +244,12 @@ class Store:
         """What was answered so far, while a task is being scored."""
         return self.directory("eval", eval_) / "responses.jsonl"
 
+    def replies(self, judge: str) -> Path:
+        """What a judge replied, to whichever checkpoint's answers."""
+        return self.root / "store" / "judge" / f"{digest(judge)}.jsonl"
+
     def items(self, eval_: str) -> Path:
-        """What each item of the task earned, 0 to 1, in the task's own order."""
+        """What each item of the task earned, 0 to 1 (null: no verdict), in the task's own order."""
         return self.directory("eval", eval_) / "items.json"
 
     def state(self, kind: Kind, id_: str) -> State:

@@ -45,6 +45,7 @@ RANKS = {
     "report": 8,
     "launch": 9,
     "views": 10,
+    "evaluation": 10,
     "doctor": 10,
     "fetch": 10,
     "console": 10,

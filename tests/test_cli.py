@@ -31,7 +31,9 @@ OPTIONS = {
     "train": SELECTING
     | {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--grace", "--allow-fallback"},
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--fewshot", "--engine", "--base-url", "--batch-size"}
-    | {"--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"},
+    | {"--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"}
+    | {"--judge", "--judge-url", "--against", "--prices", "--max-cost-usd"}
+    | {"--probe-data", "--before", "--figures"},
     "sweep": SELECTING
     | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"},
     "cancel": SELECTING,

@@ -325,7 +325,7 @@ def test_logits_of_long_prompts_fill_the_memory(llama: Path, monkeypatch: pytest
 
 def test_naming_the_engine_loads_it() -> None:
     code = (
-        "import sys; from packcli.eval import engine; print(engine.identity('hf')); "
+        "import sys; from packcli.eval.engines import engine; print(engine.identity('hf')); "
         "print(engine.identity('vllm')); print(engine.identity('openai')); "
         "print(*[name for name in ('torch', 'transformers', 'lm_eval', 'openai') if name in sys.modules])"
     )

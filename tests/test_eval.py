@@ -442,7 +442,7 @@ def test_two_protocols_with_one_fingerprint(tmp_path: Path) -> None:
     def of(task: str, limit: int | None = None, chat: bool = True, data: Path | None = None) -> str:
         return protocol.fingerprint(task, limit=limit, chat_template=chat, bench_data=data)
 
-    prints = [of(task) for task in protocol.names()]
+    prints = [of(task) for task in protocol.names() if protocol.kind(task) == "benchmark"]
     prints += [of("tiny_copy", limit=5), of("tiny_copy", chat=False), of("gsm8k", data=tmp_path)]
     assert len(set(prints)) == len(prints)
     assert of("gsm8k") == of("gsm8k")
@@ -463,6 +463,8 @@ def test_corpus_or_lm_eval_changed_and_old_scores_kept(monkeypatch: pytest.Monke
 
 def test_packaged_task_that_moves_with_lm_eval() -> None:
     for name in protocol.names():
+        if protocol.kind(name) != "benchmark":
+            continue
         task = protocol.load(name)
         assert "include" not in task.config
         assert task.config["num_fewshot"] is not None

@@ -22,12 +22,13 @@ import pytest
 from conftest import REPO
 from judge_server import Answer, Asked, JudgeServer, closed_port, completion, failure
 
+from packcli.config import JudgeSpec
 from packcli.errors import ConfigError, DataError, IntegrityError, MissingError
 from packcli.eval.judge import asking, mt_bench, templates, verdicts, wildbench
 from packcli.eval.judge import spec as judgespec
 from packcli.eval.judge.judge import judge, outlook
 from packcli.eval.judge.replies import Replies, from_body
-from packcli.eval.judge.spec import JudgeSpec, key_of
+from packcli.eval.judge.spec import key_of
 from packcli.eval.judge.verdicts import Judgment, Request, UnusableError
 
 pytestmark = pytest.mark.slow
@@ -1027,14 +1028,16 @@ def test_a_key_that_cannot_be_one_is_refused_and_not_shown(key: str) -> None:
 )
 def test_a_base_url_that_is_none_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="OPENAI_BASE_URL") as caught:
-        judgespec.server({"OPENAI_BASE_URL": url})
+        judgespec.server(environment={"OPENAI_BASE_URL": url})
     assert "pass1234" not in f"{caught.value} {caught.value.fix}"
 
 
 def test_only_the_host_of_the_base_url_is_written_down() -> None:
-    found = judgespec.server({"OPENAI_BASE_URL": "https://me:pass1234@judge.example:8443/v1?token=abc"})
+    found = judgespec.server(
+        environment={"OPENAI_BASE_URL": "https://me:pass1234@judge.example:8443/v1?token=abc"}
+    )
     assert found.host == "judge.example"
-    assert judgespec.server({}).host == "api.openai.com"
+    assert judgespec.server(environment={}).host == "api.openai.com"
 
 
 def echo(asked: Asked) -> Answer:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from packcli.config import ARMS, ArmSpec
+from packcli.config import ARMS, ArmSpec, ProbeSpec
 from packcli.data import corpus, render
 from packcli.errors import ConfigError, DataError, MissingError, RunError
 from packcli.eval.probe import boundary as probe_boundary
@@ -609,9 +609,9 @@ def checkpoint(path: Path, seed: int) -> Path:
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("probes")
     one, other = checkpoint(root / "after", 0), checkpoint(root / "before", 1)
-    settings = probes.Settings(count=12, max_length=256)
-    first = probes.run(one, before=other, settings=settings, random_weights=True)
-    again = probes.run(one, before=other, settings=settings, random_weights=True)
+    settings = ProbeSpec(before=str(other), count=12, max_length=256)
+    first = probes.run(one, settings, random_weights=True)
+    again = probes.run(one, settings, random_weights=True)
     assert json.dumps(first) == json.dumps(again)
     return first
 
@@ -635,16 +635,16 @@ def test_result_lacks_a_probe(result: dict[str, Any]) -> None:
 def test_mistake_is_a_traceback(tmp_path: Path, result: dict[str, Any]) -> None:
     path = Path(result["checkpoint"])
     with pytest.raises(ConfigError, match="no built-in packing arm `padding`"):
-        probes.run(path, settings=probes.Settings(arms=("padding",)))
+        probes.run(path, ProbeSpec(arms=("padding",)))
     with pytest.raises(ConfigError, match="no checkpoint directory"):
         probes.run(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="nowhere"):
-        probes.run(path, tmp_path / "nowhere.jsonl")
+        probes.run(path, ProbeSpec(source=str(tmp_path / "nowhere.jsonl")))
     small = AutoConfig.for_model("llama", **(TINY | {"vocab_size": 8}))
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "small")
     tokenizer(LLAMA3).save_pretrained(tmp_path / "small")
     with pytest.raises(ConfigError, match="only 8"):
-        probes.run(path, before=tmp_path / "small", settings=probes.Settings(count=4, max_length=256))
+        probes.run(path, ProbeSpec(before=str(tmp_path / "small"), count=4, max_length=256))
 
 
 def texts(file: Path) -> str:
@@ -678,7 +678,7 @@ def test_equal_results_give_other_pictures_or_a_label_too_many(result: dict[str,
 def test_importing_the_probes_loads_torch() -> None:
     heavy = ("torch", "transformers", "sklearn", "matplotlib", "datasets", "lm_eval")
     code = (
-        "import sys; from packcli.eval import probes; from packcli.report import probe_figures\n"
+        "import sys; from packcli.eval.probe import probes; from packcli.report import probe_figures\n"
         f"print(*[name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

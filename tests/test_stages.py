@@ -14,7 +14,8 @@ from conftest import chat_records, write_lines
 from packcli import fingerprints, stages
 from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
-from packcli.eval.harness import TaskResult
+from packcli.eval.harness import Harness, TaskResult
+from packcli.eval.scoring import Scorer
 from packcli.launch.worker import Worker
 from packcli.plan import EvalOrder, IndexOrder
 from packcli.store import Manifest, Store
@@ -22,10 +23,11 @@ from packcli.store import Manifest, Store
 TASKS = ("tiny_copy", "tiny_reverse", "tiny_rotate")
 
 
-class FakeHarness:
+class FakeHarness(Harness):
     """Scores every task 1; raises at those in `bad`. `loads` counts how often a model would be loaded."""
 
     def __init__(self, bad: Sequence[str] = ()) -> None:
+        super().__init__()
         self.bad, self.loads = set(bad), 0
 
     def require(self, task: str) -> None:
@@ -35,7 +37,7 @@ class FakeHarness:
         self.loads += 1
         return checkpoint
 
-    def score(self, lm: object, task: str, kept: object) -> tuple[TaskResult, list[Any]]:
+    def score(self, lm: object, task: str, kept: object = None) -> tuple[TaskResult, list[Any]]:
         if task in self.bad:
             raise RunError(f"{task} went wrong", "mend it")
         fields = {"task": task, "metric": "m", "score": 1.0, "stderr": 0.0, "n": 1, "n_total": 1, "health": {}}
@@ -52,7 +54,9 @@ def orders() -> list[EvalOrder]:
 def run(store: Store, harness: FakeHarness) -> dict[str, str]:
     """task -> the task its stored result names, or the error."""
     found = {}
-    for order, outcome in stages.evaluate(orders(), store, harness, checkpoint="x"):  # type: ignore[arg-type]
+    scorer = Scorer(EvalSpec())
+    scorer.harness = harness
+    for order, outcome in stages.evaluate(orders(), store, scorer, checkpoint="x"):
         if isinstance(outcome, Manifest):
             [sample] = store.samples(order.id).read_text().splitlines()
             assert json.loads(sample)["task"] == outcome.results["task"]
@@ -91,7 +95,7 @@ def test_a_model_is_loaded_once_for_all_tasks_and_not_at_all_when_all_are_done(t
 
 def test_scoring_a_run_that_was_not_trained_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train t is missing") as caught:
-        list(stages.evaluate(orders(), Store(tmp_path), FakeHarness()))  # type: ignore[arg-type]
+        list(stages.evaluate(orders(), Store(tmp_path), Scorer(EvalSpec())))
     assert "packcli train" in caught.value.fix
 
 
@@ -110,10 +114,10 @@ def test_an_index_without_its_tokens_names_the_command(tmp_path: Path) -> None:
 def test_a_job_of_several_tasks_that_breaks_fails_every_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def broken(spec: EvalSpec) -> Any:
+    def broken(spec: EvalSpec, **options: object) -> Any:
         raise error
 
-    monkeypatch.setattr(stages, "harness_for", broken)
+    monkeypatch.setattr(stages, "scorer_for", broken)
     receive, send = os.pipe()
     jobs = [order.model_dump(mode="json") for order in orders()]
     Worker(Store(tmp_path), send, 1)._do({"kind": "eval", "ids": [job["id"] for job in jobs], "orders": jobs})

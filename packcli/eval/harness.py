@@ -146,7 +146,7 @@ class Harness:
         with _quiet():
             engine.check_room(packaged, lm)
             built = self._task(packaged, lm)
-            asked = Recorded(lm, *kept) if kept else lm
+            asked = Recorded(lm, *kept, self._tell) if kept else lm
             scores = evaluate(
                 asked,
                 {"tasks": dict(built.parts), "groups": {}},

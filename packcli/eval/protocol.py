@@ -30,8 +30,12 @@ VERSION = 1
 
 GROUPS: tuple[str, ...] = ("tiny", "tiny_tuning", "paper", *(f"long_{size}" for size in long_context.LENGTHS))
 
-PAPER: tuple[str, ...] = ("mmlu", "gsm8k", "math", "bbh", "ifeval", "humaneval")
-"""The paper's benchmarks that need no judge."""
+PAPER: tuple[str, ...] = ("mmlu", "gsm8k", "math", "bbh", "ifeval", "humaneval", "wildbench")
+"""The paper's seven; its average is over the first six."""
+
+Kind = Literal["benchmark", "judged", "probes"]
+JUDGED: tuple[str, ...] = ("wildbench", "mt_bench")
+PROBES = "probes"
 
 _EMBEDDED = "tiny"
 _LONG = "long"
@@ -116,12 +120,23 @@ class Task(_Frozen):
         return self.model_copy(update={"config": self.config | self.facts.chat}) if chat_template else self
 
 
+def kind(task: str) -> Kind:
+    """What scores it: lm-eval (`load` knows such tasks only), a judge, or nothing: probes have no score."""
+    return "judged" if task in JUDGED else "probes" if task == PROBES else "benchmark"
+
+
+def averaged(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that an average is over: benchmarks, as in the paper; judged ones where there are no others."""
+    found = [task for task in tasks if task != PROBES]
+    return tuple(task for task in found if task not in JUDGED) or tuple(found)
+
+
 def names() -> tuple[str, ...]:
-    """All tasks: the embedded ones, their tuning variants, the benchmarks by name, then the generated ones."""
+    """All tasks: the embedded ones, their tuning variants, benchmarks by name, generated, judged, the probes."""
     files = sorted(entry.name.removesuffix(".yaml") for entry in _TASKS.iterdir() if entry.name.endswith(".yaml"))
     benchmarks = tuple(name for name in files if name not in (_EMBEDDED, _LONG))
     generated = (name for size in long_context.LENGTHS for name in _group(f"long_{size}"))
-    return (*_group("tiny"), *_group("tiny_tuning"), *benchmarks, *generated)
+    return (*_group("tiny"), *_group("tiny_tuning"), *benchmarks, *generated, *JUDGED, PROBES)
 
 
 def expand(tasks: Iterable[str]) -> tuple[str, ...]:
@@ -141,12 +156,13 @@ def expand(tasks: Iterable[str]) -> tuple[str, ...]:
 
 @functools.cache
 def load(name: str) -> Task:
-    """The packaged task `name`; not a group.
+    """The packaged task `name`; not a group, and of kind `benchmark`.
 
     Raises:
         ConfigError: no such task.
     """
-    if name not in (known := names()):
+    known = tuple(one for one in names() if kind(one) == "benchmark")
+    if name not in known:
         raise _unknown(name, known)
     corpus_task, (family, _, size) = name.removesuffix(_TUNING), name.rpartition("_")
     if corpus_task in corpus.TASKS:

@@ -33,11 +33,11 @@ _NOTE_EVERY_S = 0.2
 
 
 class Worker:
-    """Answers jobs; keeps one evaluation harness per protocol."""
+    """Answers jobs; keeps one scorer per protocol."""
 
     def __init__(self, store: Store, answers: int, threads: int) -> None:
         self._store, self._answers, self._threads = store, answers, threads
-        self._harnesses: dict[str, Any] = {}
+        self._scorers: dict[str, Any] = {}
         self._last_note = 0.0
 
     def serve(self) -> None:
@@ -79,9 +79,9 @@ class Worker:
         orders = [EvalOrder.model_validate(order) for order in job["orders"]]
         protocol = orders[0].eval
         key = protocol.model_dump_json()
-        if key not in self._harnesses:
-            self._harnesses[key] = stages.harness_for(protocol)
-        outcomes = stages.evaluate(orders, self._store, self._harnesses[key], self._note)
+        if key not in self._scorers:
+            self._scorers[key] = stages.scorer_for(protocol, note=self._note)
+        outcomes = stages.evaluate(orders, self._store, self._scorers[key], self._note)
         return [_failure(order.id, outcome) for order, outcome in outcomes if isinstance(outcome, PackcliError)]
 
     def _note(self, done: int, total: int, remark: str) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from packcli.eval import protocol
 from packcli.eval.stats import mean_stderr, paired_difference
 from packcli.report.records import (
     Group,
@@ -22,7 +23,7 @@ from packcli.store import State
 
 Key = frozenset[tuple[str, str]]
 Pairs = list[tuple[Row, Row]]
-Credits = Callable[[Row, str], Sequence[float] | None]
+Credits = Callable[[Row, str], Sequence[float | None] | None]
 """What each item of a task earned with the model of a row, 0 to 1, in the task's own order; None: not known."""
 
 Z = 1.959964
@@ -58,6 +59,7 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
     tasks = dict.fromkeys(task for row in rows for task in row.tasks)
     pooled = {task: score for task in tasks if (score := _task(rows, task)) is not None}
     differences = _by_item(pairs, credits)
+    averaged = protocol.averaged(tasks)
     return Group(
         labels={axis: value for axis, value in rows[0].labels.items() if axis != "seed"},
         n_seeds=len(averages),
@@ -67,7 +69,7 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
         interval=interval,
         n_cells=len(rows),
         n_pairs=n_pairs,
-        stderr_items=_of_average(list(pooled.values())) if averages else None,
+        stderr_items=_of_average([pooled[task] for task in averaged if task in pooled]) if averages else None,
         detectable=detectable,
         states=_count([row.state for row in rows]),
         train_states=_count([row.train_state for row in rows]),
@@ -76,9 +78,10 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
         ledger=_ledger(rows),
         eval=pooled,
         items={task: found.stated() for task, found in differences.items()},
-        average_items=_mean_of(differences, tasks),
+        average_items=_mean_of(differences, averaged),
         speedup=_speedup(pairs),
         slot_ratio=_ratio(pairs, _slots)[0],
+        probes=tuple(row.probes for row in rows if row.probes is not None),
     )
 
 
@@ -123,23 +126,25 @@ def _by_item(pairs: Pairs, credits: Credits) -> dict[str, _Items]:
         scored = [(a, b) for a, b in pairs if task in a.eval and task in b.eval]
         earned = [(credits(a, task), credits(b, task)) for a, b in scored]
         differences = [
-            [own - base for base, own in zip(a, b, strict=True)]
+            [None if base is None or own is None else own - base for base, own in zip(a, b, strict=True)]
             for a, b in earned
             if a is not None and b is not None
         ]
         if not differences or len({len(items) for items in differences}) > 1:
             continue
-        mean, stderr = mean_stderr([math.fsum(seeds) / len(seeds) for seeds in zip(*differences, strict=True)])
+        # An item without a verdict for one of the models is left out for all: the others stay paired.
+        items = [_mean(seeds) for seeds in zip(*differences, strict=True) if None not in seeds]
+        mean, stderr = mean_stderr([item for item in items if item is not None])
         if stderr is not None:
-            found[task] = _Items(mean, stderr, len(differences[0]), len(differences))
+            found[task] = _Items(mean, stderr, len(items), len(differences))
     return found
 
 
 def _mean_of(differences: dict[str, _Items], tasks: Collection[str]) -> ItemDifference | None:
     """Of the unweighted mean over tasks, which share no items; None unless it is known for all of them."""
-    if not differences or len(differences) < len(tasks):
+    found = [differences[task] for task in tasks if task in differences]
+    if not found or len(found) < len(tasks):
         return None
-    found = list(differences.values())
     mean = math.fsum(one.mean for one in found) / len(found)
     stderr = math.sqrt(math.fsum(one.stderr**2 for one in found)) / len(found)
     return _Items(mean, stderr, sum(one.n for one in found), min(one.n_seeds for one in found)).stated()

@@ -5,6 +5,7 @@ Equal results give equal files, byte for byte.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from packcli.errors import ConfigError
 from packcli.log import plain
-from packcli.report import figures
+from packcli.report import figures, rows, words
+from packcli.report.records import Report
+from packcli.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +47,18 @@ def draw(result: Json, directory: Path) -> list[Path]:
     with figures.styled():
         made = {"crossing": _crossing(result), "causal_effect": _effect(result), "boundary": _boundary(result)}
         return figures.save(made, directory)
+
+
+def of_cells(report: Report, store: Store, directory: Path) -> list[Path]:
+    """The same for every probed cell of a sweep, in a directory for each, named by its labels; their paths."""
+    written = []
+    for row in report.rows:
+        evals = {name.removeprefix("eval "): id_ for name, id_ in row.ids.items()}
+        if found := rows.probes_of(evals, store):
+            labels = words.name(row.labels)
+            place = "probes-" + re.sub(r"[^A-Za-z0-9._=-]+", "-", labels)[:80]
+            written += draw({**found, "checkpoint": labels}, directory / f"{place}-{row.cell[:6]}")
+    return written
 
 
 # Crossing attention ------------------------------------------------------------------------------------

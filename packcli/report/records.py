@@ -52,6 +52,23 @@ class Score(Spec):
     protocol: str
 
 
+class Probed(Spec):
+    """What the probes found in a checkpoint: nats are per supervised token, means over `n` documents.
+
+    `crossing`: by the arm whose rows were probed, the share of attention that goes to other documents of the row,
+    without what goes to its first token, mean over layers; `even`: that share, were attention spread evenly.
+    `alone`: a document's loss; `behind`: what another before it, seen without a mask, adds. `mask`: what a
+    document mask changes in the boundary experiment, null where it was not crossed.
+    """
+
+    crossing: dict[str, float | None]
+    even: dict[str, float | None]
+    alone: float
+    behind: dict[str, float]
+    mask: float | None
+    n: int
+
+
 class Failure(Spec):
     """Why a stage of the cell failed: `stage` as a user would say it, such as `eval gsm8k`."""
 
@@ -74,7 +91,7 @@ class ItemDifference(Spec):
 
 
 class Row(Spec):
-    """One cell. `average` is the unweighted mean over its tasks, null when any of them is missing.
+    """One cell. `average` is the unweighted mean over its benchmarks, null when any of them is missing.
 
     `tasks`: the state of each task, `failed` also where a stage before it failed. `ledger`: one epoch, in the
     words of `packcli prepare`. `ids`: the stage directories that hold all this.
@@ -91,6 +108,7 @@ class Row(Spec):
     tasks: dict[str, State]
     failures: tuple[Failure, ...]
     ledger: dict[str, int | float] | None
+    probes: Probed | None
 
 
 class TrainMeans(Spec):
@@ -154,7 +172,8 @@ class Group(Spec):
     difference to the baseline arm over the `n_pairs` seeds both have; null without any, and for the baseline
     itself. `interval` (95%, Student's t) and `detectable` (the smallest effect such a sweep finds in 80% of
     repetitions) are null for fewer than two pairs, and where the pairs do not scatter at all. `items`: the
-    difference of each task over its test items; `average_items`: of their unweighted mean.
+    difference of each task over its test items; `average_items`: of their unweighted mean. `probes`: of each seed
+    that has them.
     """
 
     labels: dict[str, str]
@@ -177,6 +196,7 @@ class Group(Spec):
     average_items: ItemDifference | None
     speedup: Speedup | None
     slot_ratio: float | None
+    probes: tuple[Probed, ...]
 
     @property
     def arm(self) -> str:

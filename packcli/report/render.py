@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from packcli.log import plain
-from packcli.report import sheets
+from packcli.report import sheets, words
 from packcli.report.records import Report
 from packcli.report.sheets import Sheet
 
@@ -37,11 +36,7 @@ def table(report: Report) -> RenderableType:
         if lines:
             parts += [*(Text(line, style="dim") for line in lines), Text()]
     # Text, never markup: a label may hold `[x]`.
-    return Group(*parts, Text(plain_lines(report.verdict)))
-
-
-def plain_lines(text: str) -> str:
-    return "\n".join(plain(line) for line in text.split("\n"))
+    return Group(*parts, Text(words.plain_lines(report.verdict)))
 
 
 def _table(sheet: Sheet) -> Table:
@@ -102,6 +97,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         return {path: "; ".join(f"{item['stage']}: {item['cause']}" for item in value)}
     if path.endswith(".protocols"):
         return {path: "; ".join(value)}
+    if path == "probes" and isinstance(value, list):  # a group's: its cells have lines of their own
+        return {}
     if isinstance(value, list):
         return {f"{path}_low": value[0], f"{path}_high": value[1]}
     return {} if value is None else {path: value}

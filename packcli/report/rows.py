@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from packcli.eval import protocol
 from packcli.files import read_json
 from packcli.plan import Cell, Kind, Plan
-from packcli.report import groups, verdict
-from packcli.report.records import Failure, Report, Row, Score, Train
+from packcli.report import groups, probed, verdict
+from packcli.report.records import Failure, Probed, Report, Row, Score, Train
 from packcli.store import State, Store
 
 
@@ -35,13 +37,14 @@ def _row(cell: Cell, plan: Plan, store: Store) -> Row:
     tasks = {task: states.of("eval", id_) for task, id_ in cell.evals.items()}
     ledger = _ledger(cell, store)
     scores = {task: score for task, id_ in cell.evals.items() if (score := _score(id_, plan, store)) is not None}
-    complete = bool(cell.evals) and len(scores) == len(cell.evals)
+    averaged = protocol.averaged(cell.evals)
+    found = [scores[task].score for task in averaged if task in scores]
     return Row(
         labels=cell.labels,
         state=_overall([train_state, *tasks.values()]),
         train=_train(cell, store, ledger),
         eval=scores,
-        average=math.fsum(score.score for score in scores.values()) / len(scores) if complete else None,
+        average=math.fsum(found) / len(found) if found and len(found) == len(averaged) else None,
         cell=cell.id,
         ids={"tokens": cell.tokens, "index": cell.index, "train": cell.train}
         | {f"eval {task}": id_ for task, id_ in cell.evals.items()},
@@ -49,6 +52,7 @@ def _row(cell: Cell, plan: Plan, store: Store) -> Row:
         tasks=tasks,
         failures=tuple(states.failures.values()),
         ledger=ledger,
+        probes=_probes(cell, store),
     )
 
 
@@ -114,7 +118,7 @@ def _train(cell: Cell, store: Store, ledger: dict[str, int | float] | None) -> T
 
 def _score(id_: str, plan: Plan, store: Store) -> Score | None:
     manifest = store.manifest("eval", id_)
-    if manifest is None:
+    if manifest is None or "score" not in manifest.results:  # probes have none
         return None
     results: dict[str, Any] = manifest.results
     n, n_total = int(results["n"]), int(results.get("n_total") or results["n"])
@@ -132,10 +136,22 @@ def _score(id_: str, plan: Plan, store: Store) -> Score | None:
     )
 
 
-def _credits(row: Row, task: str, store: Store) -> list[float] | None:
+def _probes(cell: Cell, store: Store) -> Probed | None:
+    found = probes_of(cell.evals, store)
+    return probed.summary(found) if found else None
+
+
+def probes_of(evals: Mapping[str, str], store: Store) -> dict[str, Any] | None:
+    """All that the probes of a cell found; `evals`: its eval id by task."""
+    id_ = evals.get(protocol.PROBES)
+    manifest = store.manifest("eval", id_) if id_ else None
+    return manifest.results["probes"] if manifest else None
+
+
+def _credits(row: Row, task: str, store: Store) -> list[float | None] | None:
     """What each item of a task earned; None where it was scored before that was kept."""
     try:
-        found: list[float] = read_json(store.items(row.ids[f"eval {task}"]))
+        found: list[float | None] = read_json(store.items(row.ids[f"eval {task}"]))
     except FileNotFoundError:
         return None
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from packcli.log import plain
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -33,6 +35,31 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a judged score rests on: rule, judge, what failed and what it cost."""
+    lines = []
+    for result in results:
+        for name, found in result.get("judged", {}).items():
+            stated = result["protocol"]
+            called = ", ".join(stated["judge_says_it_is"]) or "it did not say"
+            score = "no score" if found["score"] is None else f"{found['score']:.2f}"
+            stderr = "" if found["stderr"] is None else f" ± {found['stderr']:.2f}"
+            cost = "cost unknown" if found["cost_usd"] is None else f"{found['cost_usd']:.4f} USD"
+            failed = "".join(f", {kind} {count}" for kind, count in found["failures"].items())
+            lines.append(
+                f"{result['task']} {name}: {score}{stderr} ({found['metric']}) from {found['n']:,} of "
+                f"{found['n_total']:,} verdicts{failed}; judge {stated['judge']} at {stated['judge_host']} "
+                f"(called itself: {called}), {cost}. {found['rule']}. {found['reason']}".rstrip()
+            )
+    return [plain(line) for line in lines]
+
+
 def _health(name: str, value: float) -> str:
     """`cut 3%`: a share of the items; but `mean_tokens` is a length."""
-    return f"mean length {value:,.0f} tokens" if name == "mean_tokens" else f"{name} {value:.0%}"
+    if name == "mean_tokens":
+        return f"mean length {value:,.0f} tokens"
+    return f"{name} {100 * value:.1f}" if name in _SCORES else f"{name} {value:.0%}"
+
+
+_SCORES = ("task_macro", "wb_reward")
+"""Scores beside the headline: of 100, but no shares."""

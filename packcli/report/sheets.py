@@ -5,9 +5,11 @@ An arm is a column: eight tasks or a dozen costs side by side fit no terminal, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from packcli.eval import protocol
 from packcli.log import plain
 from packcli.report import words
 from packcli.report.records import Group, PooledScore, Report
@@ -36,7 +38,10 @@ def sections(report: Report) -> list[tuple[str, list[Sheet]]]:
         scores = [
             Sheet(["score, mean over seeds", *arms], _scores(members, report.baseline)) for arms, members in chunks
         ]
-        found.append((title, [*costs, *(sheet for sheet in scores if sheet.lines)]))
+        inside = [
+            Sheet(["inside the model, mean over seeds", *arms], _probes(members)) for arms, members in chunks
+        ]
+        found.append((title, [*costs, *(sheet for sheet in (*scores, *inside) if sheet.lines)]))
     return found
 
 
@@ -112,7 +117,9 @@ def _speedup(field: str) -> Callable[[Group], float | None]:
 
 
 def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
-    tasks = dict.fromkeys(task for group in groups for task in group.task_states)
+    tasks = dict.fromkeys(
+        task for group in groups for task in group.task_states if protocol.kind(task) != "probes"
+    )
     lines = [[_task_name(task, groups), *(_score(group, task) for group in groups)] for task in tasks]
     if tasks:
         lines.append(["average, %", *(_average(group) for group in groups)])
@@ -177,6 +184,33 @@ def _detectable(group: Group) -> str:
     return words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
 
 
+# What the probes found -----------------------------------------------------------------------------------
+
+
+def _probes(groups: list[Group]) -> list[list[str]]:
+    """Nothing where no checkpoint was probed."""
+    probed = [one for group in groups for one in group.probes]
+    lines = []
+    for arm in dict.fromkeys(arm for one in probed for arm in one.crossing):
+        shares = [_probe(group, [one.crossing.get(arm) for one in group.probes], words.share) for group in groups]
+        lines.append([f"attention across, rows of {plain(arm)}, %", *shares])
+    if probed:
+        losses = [_probe(group, [one.alone for one in group.probes], words.loss) for group in groups]
+        lines.append(["loss of a document alone, nats", *losses])
+    for other in dict.fromkeys(neighbour for one in probed for neighbour in one.behind):
+        added = [_probe(group, [one.behind.get(other) for one in group.probes], words.loss) for group in groups]
+        lines.append([f"  more behind {other} text", *added])
+    return lines
+
+
+def _probe(group: Group, values: list[float | None], shown: Callable[[float | None], str]) -> str:
+    known = [value for value in values if value is not None]
+    if known:
+        return shown(math.fsum(known) / len(known))
+    states = {} if group.probes else group.task_states.get(protocol.PROBES, {})
+    return words.states(states, group.n_cells) if states else words.NONE
+
+
 # Below the sheets --------------------------------------------------------------------------------------
 
 
@@ -226,6 +260,12 @@ def legend(report: Report) -> list[str]:
         lines.append(
             "difference ([low, high]): 95% over test items, paired item by item, of these very models; it says "
             "nothing about other seeds, and so nothing about the arm."
+        )
+    if any(group.probes for group in report.groups):
+        lines.append(
+            "attention across: to other documents of a row, of what does not go to the row's first token, mean "
+            "over layers; 0 is exactly 0. more behind: what another document before it, seen without a mask, adds "
+            "to that loss; nats per supervised token. Pictures: `packcli report --figures DIR`."
         )
     lines += _unlike_protocols(report)
     return [plain(line) for line in lines]

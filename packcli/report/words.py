@@ -11,6 +11,11 @@ from packcli.store import State
 NONE = "-"
 
 
+def plain_lines(text: str) -> str:
+    """Control characters shown, line breaks left."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
 def name(setting: Mapping[str, str]) -> str:
     """`data.source=tulu, train.lr=1e-5`; empty for no labels."""
     return plain(", ".join(f"{axis}={value}" for axis, value in setting.items()))
@@ -42,6 +47,11 @@ def seconds(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A fraction times 100, one decimal."""
     return NONE if value is None else f"{100 * value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """A fraction times 100; `0` is exactly 0, and nothing that was rounded to it."""
+    return "0" if value == 0 else percent(value)
 
 
 def points(value: float) -> str:

@@ -1,7 +1,7 @@
 """What writes the answers: one of three engines behind lm-eval's interface, and how much of a prompt it reads.
 
-`hf` runs the checkpoint in this process (`engine_hf.py`), `vllm` in vLLM (`engine_vllm.py`), `openai` asks a
-server (`engine_openai.py`). All cut prompt and continuation at the same token (`split.py`) and decode greedily.
+`hf` runs the checkpoint in this process (`hf.py`), `vllm` in vLLM (`vllm.py`), `openai` asks a
+server (`server.py`). All cut prompt and continuation at the same token (`split.py`) and decode greedily.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def load(
     """
     match engine:
         case "hf":
-            from packcli.eval.engines import hf as engine_hf
+            from packcli.eval.engines import hf
 
-            return engine_hf.load(checkpoint, chat_template=chat_template, batch_size=batch_size, device=device)
+            return hf.load(checkpoint, chat_template=chat_template, batch_size=batch_size, device=device)
         case "vllm":
             if importlib.util.find_spec("vllm") is None:
                 raise MissingError(
@@ -48,17 +48,15 @@ def load(
                     "vLLM wants a torch of its own: `python -m venv V`, `V/bin/pip install vllm 'packcli[eval]'`, "
                     "`V/bin/packcli eval --engine vllm ...`",
                 )
-            from packcli.eval.engines import vllm as engine_vllm
+            from packcli.eval.engines import vllm
 
-            return engine_vllm.load(checkpoint, chat_template=chat_template, batch_size=batch_size)
+            return vllm.load(checkpoint, chat_template=chat_template, batch_size=batch_size)
         case "openai":
             if importlib.util.find_spec("openai") is None:
                 raise MissingError("`--engine openai` needs the package `openai`", "pip install 'packcli[judge]'")
-            from packcli.eval.engines import server as engine_openai
+            from packcli.eval.engines import server
 
-            return engine_openai.load(
-                checkpoint, chat_template=chat_template, batch_size=batch_size, base_url=base_url
-            )
+            return server.load(checkpoint, chat_template=chat_template, batch_size=batch_size, base_url=base_url)
 
 
 def identity(engine: Engine) -> str:
@@ -77,10 +75,14 @@ def check_room(packaged: Task, lm: Any) -> None:
             f"task `{packaged.name}` fills {packaged.length} tokens, this model holds {lm.max_length}",
             "take a shorter one, or leave it out for this model",
         )
-    room = packaged.config.get("generation_kwargs", {}).get("max_gen_toks", 0)
-    if room >= lm.max_length:
+    check_answer_fits(packaged.name, packaged.config.get("generation_kwargs", {}).get("max_gen_toks", 0), lm)
+
+
+def check_answer_fits(task: str, num_tokens: int, lm: Any) -> None:
+    """Raise ConfigError where an answer of so many tokens would fill the model's context."""
+    if num_tokens >= lm.max_length:
         raise ConfigError(
-            f"task `{packaged.name}` writes up to {room} tokens, this model holds {lm.max_length} in all",
+            f"task `{task}` writes up to {num_tokens} tokens, this model holds {lm.max_length} in all",
             "leave this task out for this model",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import orjson
 from packcli.errors import IntegrityError
 from packcli.files import digest, disk_full, json_line
 
+Note = Callable[[int, int, str], None]
 Request = tuple[str, dict[str, Any]]
 """A prompt and its generation settings, as lm-eval's `Instance.args` has them."""
 
@@ -51,8 +52,9 @@ class Recorded:
             is what a killed process leaves: it is dropped, and its request asked again.
     """
 
-    def __init__(self, lm: Any, path: Path, eval_id: str) -> None:
-        self._lm, self._path = lm, path
+    def __init__(self, lm: Any, path: Path, eval_id: str, note: Note = lambda *_: None) -> None:
+        """`note(done, total, what)` is told how many answers there are."""
+        self._lm, self._path, self._note = lm, path, note
         self.num_asked = 0
         """Requests that went to the model; the others were on disk."""
         self._used: list[dict[str, Any]] = []
@@ -68,6 +70,8 @@ class Recorded:
         keys = _keys("generate_until", requests)
         missing = [number for number, key in enumerate(keys) if key not in self._records]
         self.num_asked += len(missing)
+        done = len(keys) - len(missing)
+        self._note(done, len(keys), "answers")
         for batch in self._lm.answers([requests[number].args for number in missing]):
             self._keep(
                 [
@@ -80,8 +84,11 @@ class Recorded:
                     for n, said in batch
                 ]
             )
-        self._used = [self._records[key] for key in keys]
-        return [record["text"] for record in self._used]
+            done += len(batch)
+            self._note(done, len(keys), "answers")
+        used = [self._records[key] for key in keys]
+        self._used += used
+        return [record["text"] for record in used]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """As lm-eval asks: (log likelihood of the continuation in nats, whether greedy decoding writes it)."""
@@ -92,6 +99,7 @@ class Recorded:
         self.num_asked += len(missing)
         for start in range(0, len(missing), _COMPARED_AT_ONCE):
             numbers = missing[start : start + _COMPARED_AT_ONCE]
+            self._note(len(keys) - len(missing) + start, len(keys), "given answers compared")
             said = self._lm.loglikelihood([requests[number] for number in numbers])
             self._keep(
                 [
@@ -105,16 +113,16 @@ class Recorded:
                     for number, (value, greedy) in zip(numbers, said, strict=True)
                 ]
             )
-        self._used = [self._records[key] for key in keys]
+        used = [self._records[key] for key in keys]
         self._lm.truncated.update(
-            request.args for request, record in zip(requests, self._used, strict=True) if record["truncated"]
+            request.args for request, record in zip(requests, used, strict=True) if record["truncated"]
         )
-        return [(float(record["loglikelihood"]), record["greedy"]) for record in self._used]
+        return [(float(record["loglikelihood"]), record["greedy"]) for record in used]
 
     def facts(self) -> dict[str, float]:
-        """Of the answers last generated: `cut`, the share that reached the length limit; `mean_tokens`.
+        """Of the answers generated: `cut`, the share that reached the length limit; `mean_tokens`.
 
-        Without what the engine does not say; empty after comparing given answers.
+        Without what the engine does not say; empty where given answers were compared.
         """
         found = {}
         ended = [record["ended"] for record in self._used if record.get("ended")]

@@ -40,13 +40,12 @@ RETRIES = 5
 
 def load(checkpoint: Path | str, *, chat_template: bool, batch_size: int | None, base_url: str | None) -> Any:
     """See `engine.load`."""
-    url = base_url or os.environ.get("OPENAI_BASE_URL", "")
-    if not url.strip():
+    if not base_url and not os.environ.get("OPENAI_BASE_URL", "").strip():
         raise ConfigError(
             "`--engine openai` needs the URL of a server",
             "give `--base-url http://host:8000/v1` or OPENAI_BASE_URL",
         )
-    where = server({"OPENAI_BASE_URL": url})
+    where = server(base_url)
     source, tokenizer, stops = read_tokenizer(checkpoint, chat_template=chat_template)
     # A server of one's own wants no key; the client wants one.
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"

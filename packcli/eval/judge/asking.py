@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from packcli.config import JudgeSpec
 from packcli.errors import ConfigError, MissingError
 from packcli.eval.judge.replies import Replies, from_body, verdict, without
-from packcli.eval.judge.spec import JudgeSpec, Price, Server, messages, most_tokens
+from packcli.eval.judge.spec import Price, Server, messages, most_tokens, sampling
 from packcli.eval.judge.verdicts import Failure, Request, UnusableError
 from packcli.log import plain
 
@@ -112,7 +113,7 @@ class Asking:
 
     async def _call(self, request: Request) -> bytes:
         raw: Any = await self._client.chat.completions.with_raw_response.create(
-            model=self._spec.model, messages=messages(request), **self._spec.sampling(request.form)
+            model=self._spec.model, messages=messages(request), **sampling(self._spec, request.form)
         )
         content: bytes = raw.content
         return content

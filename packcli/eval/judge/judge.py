@@ -1,6 +1,6 @@
 """Judgments by a language model: any OpenAI-compatible server, within a budget, no reply ever paid for twice.
 
-What is asked and what replies are worth: `verdicts.py`. Which judge: `judgespec.py`. Where replies are kept:
+What is asked and what replies are worth: `verdicts.py`. How it is asked: `spec.py`. Where replies are kept:
 `replies.py`. How they are got: `asking.py`.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packcli.config import JudgeSpec
 from packcli.eval.judge.asking import Asking, Note, Why
 from packcli.eval.judge.replies import Replies, Reply, verdict
-from packcli.eval.judge.spec import JudgeSpec, Price, api_key, key_of, most_tokens, num_bytes, price_of, server
+from packcli.eval.judge.spec import Price, api_key, key_of, most_tokens, num_bytes, price_of, server
 from packcli.eval.judge.verdicts import Judgment, Request
 
 _BYTES_PER_TOKEN = 4  # of English, about
@@ -33,7 +34,7 @@ def judge(
     Raises later, with all replies kept:
         ConfigError: the server does not accept the key, or knows no such judge.
     """
-    where, price, replies = server(), price_of(spec), Replies(cache)
+    where, price, replies = server(spec.base_url), price_of(spec), Replies(cache)
     keys = [key_of(request, spec, where.host) for request in requests]
     asked = {key: one for key, one in zip(keys, requests, strict=True) if one.known is None}
     failures: dict[str, Why] = {}
@@ -68,7 +69,7 @@ def outlook(requests: Sequence[Request], *, spec: JudgeSpec, cache: Path) -> Out
     Raises:
         ConfigError, IntegrityError: as `judge`.
     """
-    host, price = server().host, price_of(spec)
+    host, price = server(spec.base_url).host, price_of(spec)
     replies = Replies(cache) if cache.is_file() else None
     needed = {key_of(one, spec, host): one for one in requests if one.known is None}
     asked = [

@@ -1,7 +1,7 @@
-"""Which judge is asked, how, at what price, and by what key its replies are kept. Loads no client, sends nothing.
+"""How the judge is asked, at what price, and by what key its replies are kept. Loads no client, sends nothing.
 
-The server is named by `OPENAI_BASE_URL` (default: OpenAI's own), its key by `OPENAI_API_KEY`; neither is written
-anywhere but for the server's host.
+Its server is `base_url`, else `OPENAI_BASE_URL`, else OpenAI's own; the key is in `OPENAI_API_KEY`. Neither is
+written anywhere but for the server's host.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packcli import yamlfile
+from packcli.config import JudgeSpec
 from packcli.errors import ConfigError, MissingError
 from packcli.eval.judge.verdicts import Form, Request
 
@@ -26,39 +26,43 @@ DOCS = "docs/judge.md"
 _DEFAULT_URL = "https://api.openai.com/v1"
 
 
-class JudgeSpec(BaseModel):
-    """Which judge, how it writes, and what it may cost.
+def named(judge: str | None, given: Mapping[str, object]) -> JudgeSpec | None:
+    """A judge by its model's name, or by a YAML file of `JudgeSpec`'s keys; `given`: keys that win over the file.
 
-    `max_tokens` bounds one reply; `token_limit` is the name by which the server knows that bound. `temperature`
-    None and `json_mode` False leave the key out, for servers that refuse it. `deadline_s` bounds one judgment with
-    all its retries, `timeout_s` the silence on one connection. `max_retries`: of one call, for what the server or
-    the connection did wrong; `attempts`: replies asked for until one is a verdict. `max_cost_usd` counts all that
-    these judgments have cost, in earlier runs too.
+    Raises:
+        ConfigError: no such file, or something else in it; keys without a judge.
     """
+    keys = {name: value for name, value in given.items() if value is not None}
+    if judge is None:
+        if keys:
+            raise ConfigError(f"`{next(iter(keys))}` is given, but no judge", "name one: `--judge MODEL`")
+        return None
+    if not judge.endswith((".yaml", ".yml")):
+        return JudgeSpec.model_validate({"model": judge, **keys})
+    try:
+        text = Path(judge).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the judge in `{judge}`: {type(error).__name__}", f"see {DOCS}") from None
+    document, lines = yamlfile.parse(text, judge, DOCS)
+    try:
+        return JudgeSpec.model_validate({**document, **keys})
+    except ValidationError as error:
+        problems = yamlfile.Problems(judge, lines, DOCS)
+        for one in error.errors():
+            key = tuple(map(str, one["loc"]))
+            problems.add(key, f"`{'.'.join(key)}`: {one['msg']}")
+        problems.raise_if_any()
+        raise
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(min_length=1)
-    max_cost_usd: float | None = Field(None, ge=0)
-    prices: Path | None = None
-    workers: int = Field(8, ge=1, le=256)
-    temperature: float | None = Field(0.0, ge=0)
-    max_tokens: int = Field(2048, ge=1)
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    json_mode: bool = True
-    deadline_s: float = Field(300.0, gt=0)
-    timeout_s: float = Field(60.0, gt=0)
-    max_retries: int = Field(5, ge=0)
-    attempts: int = Field(2, ge=1)
-
-    def sampling(self, form: Form) -> dict[str, object]:
-        """The keys of a call that decide what is written, besides model and messages."""
-        keys: dict[str, object] = {self.token_limit: self.max_tokens}
-        if self.temperature is not None:
-            keys["temperature"] = self.temperature
-        if self.json_mode and form != "rating":
-            keys["response_format"] = {"type": "json_object"}
-        return keys
+def sampling(spec: JudgeSpec, form: Form) -> dict[str, object]:
+    """The keys of a call that decide what is written, besides model and messages."""
+    keys: dict[str, object] = {spec.token_limit: spec.max_tokens}
+    if spec.temperature is not None:
+        keys["temperature"] = spec.temperature
+    if spec.json_mode and form != "rating":
+        keys["response_format"] = {"type": "json_object"}
+    return keys
 
 
 class Price(BaseModel):
@@ -81,13 +85,13 @@ class Server:
     host: str
 
 
-def server(environment: Mapping[str, str] = os.environ) -> Server:
-    """The judge's server as `OPENAI_BASE_URL` names it.
+def server(base_url: str | None = None, environment: Mapping[str, str] = os.environ) -> Server:
+    """The server at `base_url`, else where `OPENAI_BASE_URL` says, else OpenAI's own.
 
     Raises:
         ConfigError: that is no http(s) URL.
     """
-    url = environment.get("OPENAI_BASE_URL", "").strip() or _DEFAULT_URL
+    url = base_url or environment.get("OPENAI_BASE_URL", "").strip() or _DEFAULT_URL
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -95,7 +99,8 @@ def server(environment: Mapping[str, str] = os.environ) -> Server:
         host = None
     if not host or parts.scheme not in ("http", "https"):
         # The URL is not shown: it may hold a password.
-        raise ConfigError("OPENAI_BASE_URL is no URL", "write it like `https://host:8000/v1`")
+        name = "the server's `base_url`" if base_url else "OPENAI_BASE_URL"
+        raise ConfigError(f"{name} is no URL", "write it like `https://host:8000/v1`")
     return Server(url, host)
 
 
@@ -129,7 +134,7 @@ def key_of(request: Request, spec: JudgeSpec, host: str) -> str:
         "judge": spec.model,
         "host": host,
         "template": request.template,
-        "sampling": spec.sampling(request.form),
+        "sampling": sampling(spec, request.form),
         "question": request.question,
         "answers": request.answers,
         "references": request.references,
@@ -178,7 +183,7 @@ def price_of(spec: JudgeSpec) -> Price | None:
     Raises:
         ConfigError: a budget without a price, or as `prices`.
     """
-    price = prices(spec.prices).get(spec.model) if spec.prices else None
+    price = prices(Path(spec.prices)).get(spec.model) if spec.prices else None
     if price is None and spec.max_cost_usd is not None:
         raise ConfigError(
             f"a budget for judge `{spec.model}`, whose price is not known",

@@ -110,7 +110,7 @@ def load(bench_data: Path | None) -> tuple[Question, ...]:
     """
     rows = _from_hub() if bench_data is None else _from_file(bench_data / QUESTIONS)
     if len(rows) != NUM_QUESTIONS:
-        raise IntegrityError(f"WildBench has {NUM_QUESTIONS} tasks, {len(rows)} were found", _how_to_fetch())
+        raise IntegrityError(f"WildBench has {NUM_QUESTIONS} tasks, {len(rows)} were found", how_to_fetch())
     return questions(rows)
 
 
@@ -127,13 +127,38 @@ def questions(rows: Sequence[object]) -> tuple[Question, ...]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise DataError(f"WildBench row {number}: `{where}`: {first['msg']}", _how_to_fetch()) from None
+            raise DataError(f"WildBench row {number}: `{where}`: {first['msg']}", how_to_fetch()) from None
         unknown = [tag for tag in (question.primary_tag, *question.secondary_tags) if tag not in CATEGORIES]
         if unknown or not question.conversation_input or question.session_id in found:
             problem = f"unknown tag `{unknown[0]}`" if unknown else "no conversation, or there twice"
-            raise DataError(f"WildBench row {number}: {problem}", _how_to_fetch())
+            raise DataError(f"WildBench row {number}: {problem}", how_to_fetch())
         found[question.session_id] = question
     return tuple(found.values())
+
+
+def answers(path: Path) -> dict[str, str]:
+    """Another model's answers by `session_id`, from a JSON list or JSON lines as WildBench publishes them.
+
+    `output` is a text, or a list whose first text counts.
+
+    Raises:
+        DataError: an entry without `session_id` and `output`, or no JSON.
+    """
+    fix = 'one object an answer: {"session_id": ..., "output": "..."}'
+    text = path.read_bytes()
+    try:
+        listed = text.lstrip().startswith(b"[")
+        rows = orjson.loads(text) if listed else [orjson.loads(line) for line in text.splitlines() if line.strip()]
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: no JSON: {error}", fix) from None
+    found = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            output = row["output"]
+            found[str(row["session_id"])] = output if isinstance(output, str) else str(output[0])
+        except (TypeError, KeyError, IndexError):
+            raise DataError(f"{path}: entry {number} is no answer", fix) from None
+    return found
 
 
 def fingerprint(asked: Sequence[Question]) -> str:
@@ -202,7 +227,8 @@ def reward(judgments: Sequence[Judgment], *, margin: int | None) -> JudgedResult
     )
 
 
-def _how_to_fetch() -> str:
+def how_to_fetch() -> str:
+    """What to do about missing questions."""
     return (
         f"export `{HUB_ID}` (config `{HUB_CONFIG}`, split `{HUB_SPLIT}`) to `{QUESTIONS}` below the directory of "
         "`--bench-data`: docs/judge.md"
@@ -213,11 +239,11 @@ def _from_file(path: Path) -> list[object]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
-        raise MissingError(f"WildBench needs the file `{path}`, which is not there", _how_to_fetch()) from None
+        raise MissingError(f"WildBench needs the file `{path}`, which is not there", how_to_fetch()) from None
     try:
         return [orjson.loads(line) for line in lines if line.strip()]
     except orjson.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON lines: {error}", _how_to_fetch()) from None
+        raise DataError(f"{path}: not JSON lines: {error}", how_to_fetch()) from None
 
 
 def _from_hub() -> list[object]:
@@ -227,7 +253,7 @@ def _from_hub() -> list[object]:
         return list(datasets.load_dataset(HUB_ID, HUB_CONFIG, split=HUB_SPLIT))
     except Exception as error:  # What a hub client raises is no closed set; nothing is judged in here.
         raise MissingError(
-            f"cannot load `{HUB_ID}` from the hub ({type(error).__name__})", _how_to_fetch()
+            f"cannot load `{HUB_ID}` from the hub ({type(error).__name__})", how_to_fetch()
         ) from error
 
 

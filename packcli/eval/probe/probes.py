@@ -11,49 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from packcli.config import ARMS, ArmSpec
+from packcli.config import ARMS, ArmSpec, ProbeSpec, SourceSpec
 from packcli.errors import ConfigError
 from packcli.eval import checkpoint as checkpoints
 
 VERSION = 1
 """Raised by hand when the meaning of a result changes."""
 
+_TOY = "packcli's toy corpus (synthetic), held-out items"
 _TOY_MAX_LENGTH = 192
 """As `sweeps/tiny.yaml` trains on the toy corpus."""
 
 
-class Settings(BaseModel):
-    """arms         packing arms by whose rows, attention and positions crossing attention is measured
-    count        of documents
-    max_length   of a row; by default what the model has positions for, at most 4,096 (the toy corpus: 192)
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    arms: tuple[str, ...] = ("random", "greedy", "best_fit")
-    count: Annotated[int, Field(ge=2)] = 128
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    seed: int = 0
-
-
 def run(
     checkpoint: Path | str,
-    documents: Path | str | None = None,
+    settings: ProbeSpec | None = None,
     *,
-    before: Path | str | None = None,
-    settings: Settings | None = None,
+    sources: tuple[SourceSpec, ...] | None = None,
+    name: str | None = None,
     random_weights: bool | None = None,
     device: str | None = None,
     note: Callable[[int, int, str], None] = lambda done, total, remark: None,
 ) -> dict[str, Any]:
     """All three probes on one checkpoint, as JSON; in fp32, so 4 bytes a parameter, and deterministic on a CPU.
 
-    documents       conversations, as `data.source` names them; None: held-out items of packcli's toy corpus
-    before          the model before training: its causal effects, and how training changed them
+    settings        what is looked at; with a `before` also its causal effects, and how training changed them
+    sources         of the documents, instead of `settings.source`; None and no such source: held-out items of
+                    packcli's toy corpus
+    name            what the result calls the checkpoint, instead of where it lies
     random_weights  whether training started from none, which pictures then say; None: not known
 
     Raises:
@@ -62,29 +49,30 @@ def run(
         MissingError: documents without a topic, and no scikit-learn.
         RunError: something else than attention carries one document into the next.
     """
-    from packcli.eval.probe import layouts as probe_rows
-    from packcli.eval.probe import reading as probe_documents
+    from packcli.eval.probe import layouts, reading
     from packcli.eval.probe.boundary import boundary
     from packcli.eval.probe.effect import causal_effect, change
 
-    chosen = settings or Settings()
+    chosen = settings or ProbeSpec()
+    if sources is None and chosen.source is not None:
+        sources = (SourceSpec(source=chosen.source),)
+    before = chosen.before
     arms, seed = {name: _arm(name) for name in chosen.arms}, chosen.seed
     model, tokenizer = checkpoints.read(checkpoint, chat_template=True)
     model = _placed(model, device)
-    most = probe_rows.room(model, chosen.max_length or (_TOY_MAX_LENGTH if documents is None else None))
-    source = None if documents is None else str(documents)
-    found = probe_documents.read(source, tokenizer, count=chosen.count, max_length=most, seed=seed)
+    most = layouts.room(model, chosen.max_length or (_TOY_MAX_LENGTH if sources is None else None))
+    found = reading.read(sources, tokenizer, count=chosen.count, max_length=most, seed=seed)
     crossings = _crossings(model, found.documents, arms, most, seed, note)
     effect = causal_effect(model, found.documents, seed=seed, max_length=most, note=note)
-    marks = probe_documents.marks(tokenizer)
+    marks = reading.marks(tokenizer)
     factorial = boundary(model, found.without_system, marks, seed=seed, max_length=most, note=note)
     del model
     result = {
         "version": VERSION,
-        "checkpoint": str(checkpoint),
+        "checkpoint": name or str(checkpoint),
         "random_weights": random_weights,
-        "source": source or "packcli's toy corpus (synthetic), held-out items",
-        **chosen.model_dump(mode="json"),
+        "source": ", ".join(one.source for one in sources) if sources else _TOY,
+        **chosen.model_dump(mode="json", exclude={"source", "before"}),
         "max_length": most,
         "documents": {
             "n": len(found.documents),

@@ -37,16 +37,16 @@ class Found:
     rejected: int
 
 
-def read(source: str | None, tokenizer: Any, *, count: int, max_length: int, seed: int) -> Found:
-    """`count` documents of a source, drawn by `seed`, none over `max_length` tokens.
+def read(sources: Sequence[SourceSpec] | None, tokenizer: Any, *, count: int, max_length: int, seed: int) -> Found:
+    """`count` documents, drawn by `seed`, none over `max_length` tokens.
 
-    `source`: what `data.source` of a sweep may name; None: the held-out items of packcli's own toy corpus.
+    `sources`: None for the held-out items of packcli's own toy corpus.
 
     Raises:
         DataError: a line that cannot be parsed, a file that is tokenized already, or nothing usable.
         ConfigError: no such source, or a tokenizer without a chat template.
     """
-    exchanges, rejected = _corpus() if source is None else _source(source)
+    exchanges, rejected = _corpus() if sources is None else _sources(sources)
     order = rng(seed, "order").permutation(len(exchanges)).tolist()
     writer = _Writer(tokenizer)
     documents: dict[bytes, Document] = {}
@@ -65,8 +65,9 @@ def read(source: str | None, tokenizer: Any, *, count: int, max_length: int, see
             documents[document.key] = document
             without_system.append(bare)
     if not documents:
+        where = sources[0].source if sources else "the toy corpus"
         raise DataError(
-            f"no usable document of at most {max_length:,} tokens in {source or 'the toy corpus'}",
+            f"no usable document of at most {max_length:,} tokens in {where}",
             "see docs/data.md",
         )
     return Found(list(documents.values()), without_system, rejected)
@@ -168,15 +169,15 @@ def _corpus() -> tuple[Exchanges, int]:
     return found, 0
 
 
-def _source(source: str) -> tuple[Exchanges, int]:
+def _sources(sources: Sequence[SourceSpec]) -> tuple[Exchanges, int]:
     found: Exchanges = []
     rejected = 0
-    for record, read in conversations.everything((SourceSpec(source=source),), _MOST):
+    for record, read in conversations.everything(tuple(sources), _MOST):
         if isinstance(read, DataError):
             raise read
         if isinstance(read, conversations.Tokenized):
             raise DataError(
-                f"{source}: its records are tokenized already",
+                f"{sources[0].source}: its records are tokenized already",
                 "give conversations; a checkpoint has its own tokens",
             )
         if isinstance(read, chat.Rejected):
