@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from hypothesis import settings
+from judge_server import CANARY, JudgeServer
 
 from packcli import sweepfile
 from packcli.config import SweepSpec
@@ -291,3 +292,24 @@ class Training:
                 if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     return pid
         raise AssertionError(f"no rank {number}")
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A judge's server, and an environment that names it."""
+    servers = []
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    def begin(reply: Any) -> JudgeServer:
+        server = JudgeServer(reply)
+        context = server.running()
+        context.__enter__()
+        servers.append(context)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+        return server
+
+    yield begin
+    for context in servers:
+        context.__exit__(None, None, None)

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SECONDS_AT_MOST = 60.0
+CANARY = "sk-canary-5f3a9c71d2"
+"""The key that the tests send; it must be written nowhere."""
 
 
 @dataclass(frozen=True)

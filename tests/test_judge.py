@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPO
-from judge_server import Answer, Asked, JudgeServer, closed_port, completion, failure
+from judge_server import CANARY, Answer, Asked, JudgeServer, closed_port, completion, failure
 
 from packcli.config import JudgeSpec
 from packcli.errors import ConfigError, DataError, IntegrityError, MissingError
@@ -33,7 +33,7 @@ from packcli.eval.judge.verdicts import Judgment, Request, UnusableError
 
 pytestmark = pytest.mark.slow
 
-CANARY = "sk-canary-5f3a9c71d2"
+
 SPEC = JudgeSpec(model="judge", workers=4, max_tokens=100, timeout_s=20, deadline_s=60, max_retries=1, attempts=2)
 
 
@@ -58,27 +58,6 @@ def requests(count: int) -> list[Request]:
 
 def of(value: float | None, *, question: str = "q", why: verdicts.Failure | None = None, **other: Any) -> Judgment:
     return Judgment(request(question=question, **other), value, why)
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Asked], Answer]], JudgeServer]]:
-    """A judge's server, and an environment that names it."""
-    servers = []
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-    def begin(reply: Callable[[Asked], Answer]) -> JudgeServer:
-        server = JudgeServer(reply)
-        context = server.running()
-        context.__enter__()
-        servers.append(context)
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-        return server
-
-    yield begin
-    for context in servers:
-        context.__exit__(None, None, None)
 
 
 Start = Callable[[Callable[[Asked], Answer]], JudgeServer]
