@@ -55,6 +55,9 @@ Grace = Annotated[
 Fallback = Annotated[
     bool, typer.Option("--allow-fallback", help="If the newest checkpoint is damaged, take the one before.")
 ]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
+]
 Format = Literal["table", "md", "csv", "json"]
 DEFAULT_RUNS = Path("runs")
 
@@ -313,9 +316,13 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Prompts at a time. [default: the fastest, found]")
     ] = None,
-    unsafe_no_sandbox: Annotated[
-        bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
-    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, help="With --engine hf: as many hold the checkpoint. [default: one a GPU]"
+        ),
+    ] = None,
+    unsafe_no_sandbox: Unsafe = False,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -340,6 +347,7 @@ def evaluate(
         fewshot=fewshot,
         engine=engine,
         batch_size=batch_size,
+        processes=processes,
         base_url=base_url,
     )
     orders = stages.foreign_orders(ckpt, spec, store)
@@ -348,13 +356,8 @@ def evaluate(
     for order, outcome in stages.evaluate(orders, store, harness, checkpoint=ckpt):
         if isinstance(outcome, Manifest):
             results.append(outcome.results)
-            if left_out := outcome.results.get("left_out"):
-                cause = f"{order.task}: {left_out['reason']}"
-                failures.append(Failure(("eval", order.id), cause, left_out["fix"], MissingError.exit_code))
-        else:
-            failures.append(
-                Failure(("eval", order.id), f"{order.task}: {outcome}", outcome.fix, outcome.exit_code)
-            )
+        if error := stages.shortfall(order, outcome):
+            failures.append(Failure(("eval", order.id), f"{order.task}: {error}", error.fix, error.exit_code))
     document = {"checkpoint": ckpt, "results": results, "not_run": {f.cause: f.fix for f in failures}}
     if json:
         console.print_json(document)
@@ -382,6 +385,7 @@ def sweep(
     nproc_per_node: Processes = None,
     grace: Grace = GRACE_S,
     allow_fallback: Fallback = False,
+    unsafe_no_sandbox: Unsafe = False,
     only: Only = None,
     set_: Sets = None,
     runs: Runs = DEFAULT_RUNS,
@@ -411,11 +415,25 @@ def sweep(
         return
     if profile is not None:
         sizes = stages.source_bytes(plan)
-        outcome = cluster.submit(plan, store, profile, sizes, retry=retry, fallback=allow_fallback)
+        outcome = cluster.submit(
+            plan,
+            store,
+            profile,
+            sizes,
+            retry=retry,
+            fallback=allow_fallback,
+            unsafe_no_sandbox=unsafe_no_sandbox,
+        )
         _submitted(plan, store, outcome, _typed(sweep, set_, only, runs), wait=wait, json=json)
         return
     failures = local.run(
-        plan, store, plan.stages(), processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
+        plan,
+        store,
+        plan.stages(),
+        processes=nproc_per_node,
+        grace_s=grace,
+        fallback=allow_fallback,
+        unsafe_no_sandbox=unsafe_no_sandbox,
     )
     _report(plan, store, "json" if json else "table")
     console.finish(failures)

@@ -25,7 +25,7 @@ from packcli.config import (
     SweepSpec,
     TrainSpec,
 )
-from packcli.errors import ConfigError, IntegrityError, PackcliError
+from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
 from packcli.estimate import Estimate, StepArithmetic
 from packcli.eval import protocol
 from packcli.files import digest, write_json, write_jsonl
@@ -44,7 +44,7 @@ from packcli.plan import (
 from packcli.store import Manifest, Store, verify
 
 if TYPE_CHECKING:
-    from packcli.eval.harness import Harness
+    from packcli.eval.harness import Harness, ScoredTask
 
 Note = Callable[[int, int, str], None]
 """Progress of one stage: (done, total or 0 when unknown, a short remark)."""
@@ -267,7 +267,7 @@ def evaluate(
     todo = []
     for order in orders:
         manifest = store.manifest("eval", order.id)
-        if manifest is not None and not manifest.results.get("left_out"):
+        if manifest is not None and shortfall(order, manifest) is None:
             yield order, manifest
         else:
             todo.append(order)
@@ -285,11 +285,28 @@ def evaluate(
                 harness.require(order.task)
                 if lm is None:
                     lm = harness.load(checkpoint)
-                result, samples = harness.score(lm, order.task, (store.responses(order.id), order.id))
-                outcome: Manifest | PackcliError = _commit_scores(order, store, result, samples)
+                scored = harness.score(lm, order.task, (store.responses(order.id), order.id))
+                outcome: Manifest | PackcliError = _commit_scores(order, store, scored)
         except PackcliError as error:
             outcome = error
         yield order, outcome
+
+
+def shortfall(order: EvalOrder, outcome: Manifest | PackcliError) -> PackcliError | None:
+    """Why a task was not scored, or not all of it."""
+    if isinstance(outcome, PackcliError):
+        return outcome
+    if left_out := outcome.results.get("left_out"):
+        return MissingError(f"task `{order.task}` is scored in part: {left_out['reason']}", left_out["fix"])
+    return None
+
+
+def is_done(stage: tuple[Kind, str], store: Store) -> bool:
+    """Whether nothing of a stage is left to do: rows a task had to leave out may be scored by now."""
+    if store.state(*stage) != "done":
+        return False
+    manifest = store.manifest(*stage) if stage[0] == "eval" else None
+    return manifest is None or not manifest.results.get("left_out")
 
 
 def _bench_data(spec: EvalSpec) -> Path | None:
@@ -316,13 +333,13 @@ def foreign_orders(checkpoint: str, spec: EvalSpec, store: Store) -> list[EvalOr
     return orders
 
 
-def _commit_scores(order: EvalOrder, store: Store, result: Any, samples: list[Any]) -> Manifest:
-    record = asdict(result)
-    if result.left_out is None:
+def _commit_scores(order: EvalOrder, store: Store, scored: ScoredTask) -> Manifest:
+    record = asdict(scored.result)
+    if scored.result.left_out is None:
         store.responses(order.id).unlink(missing_ok=True)  # the samples have it all
-    write_jsonl(store.samples(order.id), samples)
-    write_json(store.items(order.id), [float(sample["correct"]) for sample in samples])
-    write_json(store.results(order.id), record)
+    write_jsonl(store.samples(order.id), scored.samples)
+    write_json(store.items(order.id), scored.items)
+    write_json(store.results(order.id), scored.report | {"packcli": record})
     return store.commit(
         "eval",
         order.id,

@@ -31,9 +31,10 @@ OPTIONS = {
     "train": SELECTING
     | {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--grace", "--allow-fallback"},
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--fewshot", "--engine", "--base-url", "--batch-size"}
-    | {"--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"},
+    | {"--processes", "--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"},
     "sweep": SELECTING
-    | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"},
+    | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"}
+    | {"--unsafe-no-sandbox"},
     "cancel": SELECTING,
     "fetch": SELECTING,
     "status": SELECTING,

@@ -678,7 +678,7 @@ def test_equal_results_give_other_pictures_or_a_label_too_many(result: dict[str,
 def test_importing_the_probes_loads_torch() -> None:
     heavy = ("torch", "transformers", "sklearn", "matplotlib", "datasets", "lm_eval")
     code = (
-        "import sys; from packcli.eval import probes; from packcli.report import probe_figures\n"
+        "import sys; from packcli.eval.probe import probes; from packcli.report import probe_figures\n"
         f"print(*[name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

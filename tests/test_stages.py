@@ -14,7 +14,7 @@ from conftest import chat_records, write_lines
 from packcli import fingerprints, stages
 from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
-from packcli.eval.harness import TaskResult
+from packcli.eval.harness import ScoredTask, TaskResult
 from packcli.launch.worker import Worker
 from packcli.plan import EvalOrder, IndexOrder
 from packcli.store import Manifest, Store
@@ -35,13 +35,13 @@ class FakeHarness:
         self.loads += 1
         return checkpoint
 
-    def score(self, lm: object, task: str, kept: object) -> tuple[TaskResult, list[Any]]:
+    def score(self, lm: object, task: str, kept: object) -> ScoredTask:
         if task in self.bad:
             raise RunError(f"{task} went wrong", "mend it")
         fields = {"task": task, "metric": "m", "score": 1.0, "stderr": 0.0, "n": 1, "n_total": 1, "health": {}}
         fields["left_out"] = None
         result = TaskResult(**{name: fields.get(name, 1) for name in TaskResult.__dataclass_fields__})
-        return result, [{"task": task, "correct": True}]
+        return ScoredTask(result, [1.0], [{"task": task}], {})
 
 
 def orders() -> list[EvalOrder]:
@@ -110,7 +110,7 @@ def test_an_index_without_its_tokens_names_the_command(tmp_path: Path) -> None:
 def test_a_job_of_several_tasks_that_breaks_fails_every_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def broken(spec: EvalSpec) -> Any:
+    def broken(spec: EvalSpec, **_: Any) -> Any:
         raise error
 
     monkeypatch.setattr(stages, "harness_for", broken)
