@@ -55,6 +55,9 @@ Grace = Annotated[
 Fallback = Annotated[
     bool, typer.Option("--allow-fallback", help="If the newest checkpoint is damaged, take the one before.")
 ]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
+]
 Format = Literal["table", "md", "csv", "json"]
 DEFAULT_RUNS = Path("runs")
 
@@ -314,9 +317,13 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Prompts at a time. [default: the fastest, found]")
     ] = None,
-    unsafe_no_sandbox: Annotated[
-        bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
-    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, help="With --engine hf: as many hold the checkpoint. [default: one a GPU]"
+        ),
+    ] = None,
+    unsafe_no_sandbox: Unsafe = False,
     judge: Annotated[
         str | None,
         typer.Option("--judge", metavar="MODEL|FILE.yaml", help="Who judges wildbench, mt_bench: docs/judge.md."),
@@ -367,6 +374,7 @@ def evaluate(
         fewshot=fewshot,
         engine=engine,
         batch_size=batch_size,
+        processes=processes,
         base_url=base_url,
         judge=judges.named(judge, given),
         probes=ProbeSpec(source=probe_data, before=before),
@@ -402,6 +410,7 @@ def sweep(
     nproc_per_node: Processes = None,
     grace: Grace = GRACE_S,
     allow_fallback: Fallback = False,
+    unsafe_no_sandbox: Unsafe = False,
     only: Only = None,
     set_: Sets = None,
     runs: Runs = DEFAULT_RUNS,
@@ -431,11 +440,25 @@ def sweep(
         return
     if profile is not None:
         sizes = stages.source_bytes(plan)
-        outcome = cluster.submit(plan, store, profile, sizes, retry=retry, fallback=allow_fallback)
+        outcome = cluster.submit(
+            plan,
+            store,
+            profile,
+            sizes,
+            retry=retry,
+            fallback=allow_fallback,
+            unsafe_no_sandbox=unsafe_no_sandbox,
+        )
         _submitted(plan, store, outcome, _typed(sweep, set_, only, runs), wait=wait, json=json)
         return
     failures = local.run(
-        plan, store, plan.stages(), processes=nproc_per_node, grace_s=grace, fallback=allow_fallback
+        plan,
+        store,
+        plan.stages(),
+        processes=nproc_per_node,
+        grace_s=grace,
+        fallback=allow_fallback,
+        unsafe_no_sandbox=unsafe_no_sandbox,
     )
     _report(plan, store, "json" if json else "table")
     console.finish(failures)

@@ -393,7 +393,8 @@ class ProbeSpec(Spec):
 class EvalSpec(Spec):
     """`fewshot`: with a chat template, examples are turns of their own, or text in the user's one turn.
 
-    `batch_size` (None: found) and `base_url` (of the server that `engine: openai` asks) change no score.
+    `batch_size` (None: found), `processes` (None: one a GPU) and `base_url` (of the server that `engine: openai`
+    asks) change no score.
     """
 
     tasks: tuple[str, ...] = ()
@@ -403,6 +404,7 @@ class EvalSpec(Spec):
     fewshot: Literal["turns", "text"] = "turns"
     engine: Literal["hf", "vllm", "openai"] = "hf"
     batch_size: PositiveInt | None = None
+    processes: PositiveInt | None = None
     base_url: str | None = None
     judge: JudgeSpec | None = None
     probes: ProbeSpec = ProbeSpec()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from packcli import log, stages
 from packcli.config import EvalSpec
-from packcli.errors import MissingError
-from packcli.launch.local import Failure, Stage
+from packcli.launch.local import Failure
 from packcli.report import probe_figures, probed, scores
 from packcli.store import Manifest, Store
 
@@ -56,14 +55,10 @@ def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox
 
         scorer = stages.scorer_for(spec, unsafe_no_sandbox=unsafe_no_sandbox, note=note)
         for order, outcome in stages.evaluate(orders, store, scorer, checkpoint=checkpoint):
-            stage: Stage = ("eval", order.id)
-            if not isinstance(outcome, Manifest):
-                failures.append(Failure(stage, f"{order.task}: {outcome}", outcome.fix, outcome.exit_code))
-                continue
-            results.append(outcome.results)
-            if left_out := outcome.results.get("left_out"):
-                cause = f"{order.task}: {left_out['reason']}"
-                failures.append(Failure(stage, cause, left_out["fix"], MissingError.exit_code))
+            if isinstance(outcome, Manifest):
+                results.append(outcome.results)
+            if error := stages.shortfall(order, outcome):
+                failures.append(Failure(("eval", order.id), f"{order.task}: {error}", error.fix, error.exit_code))
     return Evaluated(checkpoint, results, failures)
 
 

@@ -1,8 +1,13 @@
-"""`packcli fetch`: everything a sweep reads, brought to this machine for others that have no internet."""
+"""`packcli fetch`: everything a sweep reads, brought to this machine for others that have no internet.
+
+And what its tasks need of a machine beside files: whether this one has it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import io
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,14 +16,16 @@ from packcli import download, log
 from packcli.config import SourceSpec
 from packcli.data import hub, sources
 from packcli.download import Found, Need
-from packcli.errors import PackcliError
-from packcli.eval import protocol
+from packcli.errors import MissingError, PackcliError
+from packcli.eval import protocol, scorers, scoring
+from packcli.eval.checkpoint import first_line
+from packcli.eval.judge import wildbench
 from packcli.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-State = Literal["fetched", "was there", "local", "failed"]
+State = Literal["fetched", "was there", "local", "works", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ def fetch(plan: Plan) -> list[Item]:
                 continue
             if answer is None:
                 log.logger.warning("warning: Hugging Face does not answer; looking into its cache alone")
-                return [*here, *map(_cached, needs)]
+                return [*here, *map(_cached, needs), *machine(plan, online=False)]
             found[need] = answer
         download.check_room(found.values())
         with log.progress() as display:
@@ -71,7 +78,7 @@ def fetch(plan: Plan) -> list[Item]:
                     done[need] = _item(need, download.download(need, one, note), state)
                 except PackcliError as error:
                     done[need] = _failed(need, error, one.commit)
-    return [*here, *(done[need] for need in needs)]
+    return [*here, *(done[need] for need in needs), *machine(plan)]
 
 
 def _cached(need: Need) -> Item:
@@ -126,8 +133,14 @@ def remote(plan: Plan) -> tuple[Need, ...]:
             if not sources.is_builtin(source) and hub.is_dataset(source.source):
                 needs[_dataset("data", source)] = None
     for order in plan.evals.values():
-        task = protocol.load(order.task)
-        if order.eval.bench_data is None and task.needs_data:
+        probed = order.eval.probes.source if order.task == protocol.PROBES else None
+        if probed and hub.is_dataset(probed):
+            needs[_dataset("data", SourceSpec(source=probed))] = None
+        if order.task == "wildbench" and order.eval.bench_data is None:
+            questions = SourceSpec(source=wildbench.HUB_ID, subset=wildbench.HUB_CONFIG, split=wildbench.HUB_SPLIT)
+            needs[_dataset("benchmark", questions)] = None
+    for task, bench_data in _benchmarks(plan):
+        if task.from_hub(bench_data):
             for subset in protocol.hub_configs(task):
                 source = SourceSpec(
                     source=task.config["dataset_path"],
@@ -137,6 +150,13 @@ def remote(plan: Plan) -> tuple[Need, ...]:
                 )
                 needs[_dataset("benchmark", source)] = None
     return tuple(needs)
+
+
+def _benchmarks(plan: Plan) -> Iterator[tuple[protocol.Task, str | None]]:
+    """Tasks that lm-eval scores, and where their files are."""
+    for order in plan.evals.values():
+        if protocol.kind(order.task) == "benchmark":
+            yield protocol.load(order.task), order.eval.bench_data
 
 
 def _dataset(what: Literal["data", "benchmark"], source: SourceSpec) -> Need:
@@ -169,17 +189,80 @@ def local(plan: Plan) -> list[Item]:
             if sources.is_builtin(source) or not hub.is_dataset(source.source):
                 add("data", source.source, () if sources.is_builtin(source) else sources.files(source))
     for order in plan.evals.values():
-        directory = order.eval.bench_data
-        if not protocol.load(order.task).needs_data:
-            add("benchmark", order.task, ())
-        elif directory is not None:
-            try:
-                protocol.check_files(order.task, Path(directory))
-                files = [Path(directory) / file.path for file in protocol.files(order.task)]
-                add("benchmark", order.task, files, directory)
-            except PackcliError as error:
-                items["benchmark", order.task] = Item("benchmark", order.task, "failed", error=error)
+        task, directory = order.task, order.eval.bench_data
+        try:
+            scoring.check_files(task, order.eval)
+        except PackcliError as error:
+            items["benchmark", task] = Item("benchmark", task, "failed", error=error)
+            continue
+        match protocol.kind(task):
+            case "judged" if directory is not None:
+                add("benchmark", task, (), directory)
+            case "benchmark" if not protocol.load(task).needs_data:
+                add("benchmark", task, ())
+            case "benchmark" if directory is not None and not protocol.load(task).from_hub(directory):
+                add("benchmark", task, [Path(directory) / file.path for file in protocol.files(task)], directory)
     return list(items.values())
+
+
+def machine(plan: Plan, *, online: bool = True) -> list[Item]:
+    """What scoring takes beside data: a splitter of sentences, fetched where it is not there; a sandbox, tried."""
+    items: dict[tuple[str, str], Item] = {}
+    for task, directory in _benchmarks(plan):
+        match task.facts.scorer:
+            case "ifeval":
+                items["nltk", directory or ""] = _punkt(task, Path(directory) if directory else None, online)
+            case "humaneval":
+                items["sandbox", ""] = _sandbox()
+    return list(items.values())
+
+
+def _punkt(task: protocol.Task, bench_data: Path | None, online: bool) -> Item:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # lm-eval reports a download that it did not make
+            scorers.require(task)
+        state: State = "was there"
+        if not scorers.splits_sentences(bench_data):
+            state = "fetched"
+            _fetch_punkt(scorers.nltk_data(bench_data).expanduser(), online)
+            if not scorers.splits_sentences(bench_data):
+                raise MissingError(
+                    f"NLTK's `{scorers.PUNKT}` was fetched and cannot be used", "delete it and try again"
+                )
+    except PackcliError as error:
+        return Item("nltk", scorers.PUNKT, "failed", error=download.safe(error))
+    import nltk
+
+    return Item("nltk", scorers.PUNKT, state, str(nltk.data.find(f"tokenizers/{scorers.PUNKT}")))
+
+
+def _fetch_punkt(directory: Path, online: bool) -> None:
+    """By NLTK's own downloader, which checks what it gets against its index."""
+    from huggingface_hub import constants
+    from nltk.downloader import Downloader
+
+    why = "no internet"
+    if online and not constants.HF_HUB_OFFLINE:
+        try:
+            options = {"quiet": True, "raise_on_error": True, "print_error_to": io.StringIO()}
+            Downloader().download(scorers.PUNKT, str(directory), **options)
+            return
+        except (OSError, ValueError) as error:
+            why = log.plain(first_line(error))
+    raise MissingError(
+        f"task `ifeval` checks some answers with NLTK's `{scorers.PUNKT}`, which is not there ({why})",
+        f"where there is internet: python -m nltk.downloader -d {directory} {scorers.PUNKT}",
+    )
+
+
+def _sandbox() -> Item:
+    from packcli.eval.sandbox import sandbox
+
+    try:
+        box = sandbox.find()
+    except PackcliError as error:
+        return Item("sandbox", "for code that a model writes", "failed", error=error)
+    return Item("sandbox", box.name, "works", "tried on this machine; others may refuse it")
 
 
 def _files_in(directory: str) -> list[Path]:
@@ -212,7 +295,7 @@ def document(plan: Plan, items: list[Item]) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """One line an item; why one failed stands where the others say where they are."""
+    """One line an item; why one failed is said below."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -227,7 +310,7 @@ def table(document: dict[str, Any]) -> Table:
             escape(_revision(item["revision"] or "", item["commit"] or "")),
             f"{item['bytes']:,}" if item["bytes"] is not None else "",
             item["state"],
-            escape(item["where"] or item["cause"] or ""),
+            escape(item["where"] or ""),
         )
     return shown
 

@@ -181,7 +181,7 @@ class Plan(Spec):
 
 def task_key(task: str, spec: EvalSpec) -> str:
     """The fingerprint key of a task under one protocol."""
-    protocol = spec.model_dump(mode="json", exclude={"tasks", "batch_size", "base_url"})
+    protocol = spec.model_dump(mode="json", exclude={"tasks", "batch_size", "processes", "base_url"})
     return f"task:{orjson.dumps([task, protocol]).decode()}"
 
 

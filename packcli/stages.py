@@ -25,7 +25,7 @@ from packcli.config import (
     SweepSpec,
     TrainSpec,
 )
-from packcli.errors import ConfigError, IntegrityError, PackcliError
+from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
 from packcli.estimate import Estimate, StepArithmetic
 from packcli.eval import protocol, scoring
 from packcli.files import digest, write_json, write_jsonl
@@ -267,7 +267,7 @@ def evaluate(
     todo = []
     for order in orders:
         manifest = store.manifest("eval", order.id)
-        if manifest is not None and not manifest.results.get("left_out"):
+        if manifest is not None and shortfall(order, manifest) is None:
             yield order, manifest
         else:
             todo.append(order)
@@ -297,7 +297,7 @@ def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
         kept.unlink(missing_ok=True)  # the samples have it all
     write_jsonl(store.samples(order.id), outcome.samples)
     write_json(store.items(order.id), outcome.items)
-    write_json(store.results(order.id), outcome.record)
+    write_json(store.results(order.id), outcome.report | {"packcli": outcome.record})
     return store.commit(
         "eval",
         order.id,
@@ -306,6 +306,23 @@ def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
         results=outcome.record,
         provenance={},
     )
+
+
+def shortfall(order: EvalOrder, outcome: Manifest | PackcliError) -> PackcliError | None:
+    """Why a task was not scored, or not all of it."""
+    if isinstance(outcome, PackcliError):
+        return outcome
+    if left_out := outcome.results.get("left_out"):
+        return MissingError(f"task `{order.task}` is scored in part: {left_out['reason']}", left_out["fix"])
+    return None
+
+
+def is_done(stage: tuple[Kind, str], store: Store) -> bool:
+    """Whether nothing of a stage is left to do: rows a task had to leave out may be scored by now."""
+    if store.state(*stage) != "done":
+        return False
+    manifest = store.manifest(*stage) if stage[0] == "eval" else None
+    return manifest is None or not manifest.results.get("left_out")
 
 
 def _trained(manifest: Manifest, store: Store) -> Trained:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import harness_of
-from test_eval import BENCHMARKS, CHATML, build_tokenizer, only, save_llama
+from test_eval import BENCHMARKS, CHATML, build_tokenizer, only, prompt, save_llama
 
 from packcli import stages
 from packcli.config import EvalSpec
@@ -165,7 +165,7 @@ def test_parts_weighed_alike_whatever_their_size(
     assert (result.score, result.n, result.n_total) == (0.25, 8, 8)
     assert result.stderr == pytest.approx((0.25 * 0.75 / 7) ** 0.5)
     assert result.parts == {"navigate": {"score": 1.0, "n": 2}, "snarks": {"score": 0.0, "n": 6}}
-    assert [sample["part"] for sample in samples] == ["navigate"] * 2 + ["snarks"] * 6
+    assert [sample["task"] for sample in samples] == ["bbh_navigate"] * 2 + ["bbh_snarks"] * 6
     assert result.health["no_answer"] == 0.75
 
 
@@ -314,7 +314,7 @@ def test_score_differs_from_lm_evals_own(
     own = lm_evals_own(tmp_path, config, lm, limit=limit, **chat)
     assert len(own) == limit * (2 if task == "gsm8k" else 1)
     assert result.protocol["shots_as"] == ("turns" if chat_template else "text")
-    assert seen[part] == own
+    assert seen[f"{task}_{part}" if part else task] == own
     if answers == "mixed":
         assert 0 < result.score < 1
         assert len({str(metrics) for *_, metrics in own}) > 1
@@ -430,8 +430,8 @@ def test_prompts_from_the_hub_differ_from_those_of_the_files(
     asked = []
     for data in (BENCHMARKS, None):
         result, samples = only(harness_of(bench_data=data, limit=2).evaluate(llama, [task]))
-        by_part = sorted((sample.get("part", ""), sample["doc_id"], sample) for sample in samples)
-        asked.append([(sample["prompt"], sample["target"], sample["doc_hash"]) for *_, sample in by_part])
+        by_part = sorted((sample["task"], sample["doc_id"], sample["filter"], sample) for sample in samples)
+        asked.append([(sample["arguments"], sample["target"], sample["doc_hash"]) for *_, sample in by_part])
         assert result.protocol["data"]["source"].startswith("files" if data else f"{source(task)}@")
         assert result.n_total == sum(file.rows for file in protocol.load(task).facts.files[split(task)])
     assert asked[0] == asked[1]
@@ -480,7 +480,7 @@ def outcomes(tasks: tuple[str, ...], data: Path, llama: Path, tmp_path: Path) ->
     spec = EvalSpec(tasks=tasks, limit=2, bench_data=str(data))
     store = Store(tmp_path / "runs")
     orders = stages.foreign_orders(str(llama), spec, store)
-    done = stages.evaluate(orders, store, stages.harness_for(spec), checkpoint=llama)
+    done = stages.evaluate(orders, store, stages.scorer_for(spec), checkpoint=llama)
     return {order.task: outcome for order, outcome in done}
 
 
@@ -554,8 +554,8 @@ def test_program_without_its_tests_passes(
         bench_data=code, unsafe_no_sandbox=unsafe, note=lambda done, total, _: told.append((done, total))
     )
     ((result, samples),) = harness.evaluate(llama, ["humaneval"])
-    assert [sample["correct"] for sample in samples] == [False, True]
-    assert samples[0]["extracted"]["sandbox"]["answer"].startswith("failed: AssertionError")
+    assert [sample["pass@1"] for sample in samples] == [0, 1]
+    assert samples[0]["extracted"].startswith("failed: AssertionError")
     assert (result.score, told) == (0.5, [(1, 2), (2, 2)])
     assert result.protocol["sandbox"].startswith("no sandbox" if unsafe else "bwrap")
 
@@ -625,9 +625,8 @@ def test_examples_are_turns_whatever_was_asked_for(
     knowing(monkeypatch, "bbh", right=True)
     harness = harness_of(bench_data=two_parts, fewshot="turns" if as_turns else "text")
     result, samples = only(harness.evaluate(llama, ["bbh"]))
-    prompt = samples[0]["prompt"]
-    assert prompt.count("<|im_start|>user") == (4 if as_turns else 1)
-    assert prompt.count("A: Let's think step by step.") == 4
+    assert prompt(samples[0]).count("<|im_start|>user") == (4 if as_turns else 1)
+    assert prompt(samples[0]).count("A: Let's think step by step.") == 4
     stated = result.protocol
     assert (stated["shots"], stated["shots_as"]) == (3, "turns" if as_turns else "text")
     assert (stated["max_tokens"], stated["description"]) == (1024, True)
@@ -656,7 +655,7 @@ def test_code_is_asked_for_in_a_users_turn_and_begun_in_the_assistants(
         harness = harness_of(bench_data=code, chat_template=chat_template, unsafe_no_sandbox=True)
         result, samples = only(harness.evaluate(llama, ["humaneval"]))
         ending = "<|im_start|>assistant\nHere is the completed function:\n```python\ndef add_0(x):\n\n"
-        assert samples[0]["prompt"].endswith(ending if chat_template else "def add_0(x):\n")
+        assert prompt(samples[0]).endswith(ending if chat_template else "def add_0(x):\n")
         assert result.score == float(chat_template)  # only a chat model closes a code block
 
 
@@ -703,12 +702,12 @@ def test_long_text_lost_its_fact_or_its_score(
         assert result.health["truncated"] == 0.0
         tokenizer = build_tokenizer()
         for sample in samples:
-            assert all(answer in sample["prompt"] for answer in sample["target"].split())
-            tokens = len(tokenizer.encode(sample["prompt"], add_special_tokens=not chat_template))
+            assert all(answer in prompt(sample) for answer in sample["target"].split())
+            tokens = len(tokenizer.encode(prompt(sample), add_special_tokens=not chat_template))
             assert 0.9 * 544 < tokens <= 544, "640 less the room for an answer"
     half["answer"] = 0.5
     ((result, samples),) = harness.evaluate(llama, ["needle_values_4k"])
-    assert (result.score, samples[0]["correct"]) == (0.5, 0.5)
+    assert (result.score, samples[0]["found"]) == (0.5, 0.5)
 
 
 def test_text_longer_than_the_model_is_cut_in_silence(llama: Path) -> None:

@@ -31,11 +31,12 @@ OPTIONS = {
     "train": SELECTING
     | {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--grace", "--allow-fallback"},
     "eval": {"--ckpt", "--tasks", "--limit", "--bench-data", "--fewshot", "--engine", "--base-url", "--batch-size"}
-    | {"--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"}
+    | {"--processes", "--unsafe-no-sandbox", "--runs", "--json", "--help", "--chat-template"}
     | {"--judge", "--judge-url", "--against", "--prices", "--max-cost-usd"}
     | {"--probe-data", "--before", "--figures"},
     "sweep": SELECTING
-    | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"},
+    | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"}
+    | {"--unsafe-no-sandbox"},
     "cancel": SELECTING,
     "fetch": SELECTING,
     "status": SELECTING,

@@ -230,6 +230,25 @@ def test_shots_are_read_again_for_every_prompt(llama: Path, monkeypatch: pytest.
     assert read_[1] == (9, longest - read_[0][1])
 
 
+def test_shots_are_read_again_for_the_next_call_or_taken_for_those_of_others(llama: Path) -> None:
+    lm = ours(llama, 9)
+    sizes: list[int] = []
+    lm.model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    shots = "swap: sun cat pen\n= cat sun pen\n" * 12
+    calls = [
+        prompts(shots)[:5],
+        [text + " sun" for text in prompts(shots)[4:]],
+        prompts(shots.replace("cat", "sun")),
+    ]
+    for texts, is_read in zip(calls, (True, False, True), strict=True):
+        sizes.clear()
+        requests = asks(texts, [], 12)
+        assert lm.generate_until(requests) == peer(llama).generate_until(requests, disable_tqdm=True)
+        assert (sizes[0] == 1) == is_read
+
+
 def test_ended_answers_are_computed_until_the_last_one_ends(llama: Path) -> None:
     lm = ours(llama, 9)
     rows: list[int] = []

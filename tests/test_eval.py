@@ -178,6 +178,10 @@ def only(results: Iterator[tuple[TaskResult, list[dict[str, Any]]]]) -> tuple[Ta
     return result
 
 
+def prompt(sample: dict[str, Any]) -> str:
+    return str(sample["arguments"]["gen_args_0"]["arg_0"])
+
+
 def test_scorer_that_fails_a_right_answer(
     random_llama: Path, gsm8k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +189,10 @@ def test_scorer_that_fails_a_right_answer(
     result, samples = only(harness.evaluate(random_llama, ["gsm8k"]))
     assert (result.score, result.metric, result.n, result.n_total) == (1.0, "exact_match", NUM_ROWS, NUM_ROWS)
     assert result.health == {"truncated": 0.0, "empty": 0.0, "no_answer": 0.0, "flexible-extract": 1.0}
-    assert all(sample["correct"] and sample["response"] == sample["target"] for sample in samples)
+    assert all(sample["exact_match"] == 1 and sample["resps"] == [[sample["target"]]] for sample in samples)
+    assert [sample["filter"] for sample in samples] == NUM_ROWS * ["strict-match"] + NUM_ROWS * [
+        "flexible-extract"
+    ]
 
 
 def test_scorer_that_passes_a_wrong_answer(
@@ -194,7 +201,7 @@ def test_scorer_that_passes_a_wrong_answer(
     harness = harness_that_says(monkeypatch, lambda _: "about 7\n#### 7", False, bench_data=gsm8k)
     result, samples = only(harness.evaluate(random_llama, ["gsm8k"]))
     assert (result.score, result.health["flexible-extract"]) == (0.0, 0.0)
-    assert samples[0]["extracted"]["strict-match"] == {"answer": "7", "correct": False}
+    assert (samples[0]["extracted"], samples[0]["exact_match"]) == ("7", 0)
 
 
 def test_silent_model_that_looks_merely_wrong(
@@ -210,7 +217,7 @@ def test_random_model_breaks_generation(
 ) -> None:
     result, samples = only(harness_of(bench_data=gsm8k).evaluate(random_llama, ["gsm8k"]))
     assert result.score == 0.0
-    assert len(samples) == NUM_ROWS
+    assert len(samples) == 2 * NUM_ROWS
     assert capfd.readouterr() == ("", "")  # lm-eval's bars and warnings in the user's terminal
 
 
@@ -219,7 +226,7 @@ def test_shots_drawn_at_random_or_flattened_into_one_turn(
 ) -> None:
     harness = harness_that_says(monkeypatch, lambda _: "", False, bench_data=gsm8k, limit=2)
     _, samples = only(harness.evaluate(random_llama, ["gsm8k"]))
-    turns = samples[1]["prompt"].split("<|im_start|>user\n")[1:]
+    turns = prompt(samples[1]).split("<|im_start|>user\n")[1:]
     assert [turn.split(" Ola")[0] for turn in turns] == [
         *(f"Question: In train week {shot}" for shot in range(4)),
         "Question: In test week 1",
@@ -233,7 +240,7 @@ def test_embedded_score_inverted(random_llama: Path, right: bool, monkeypatch: p
     harness = harness_that_says(monkeypatch, lambda _: "", right)
     result, samples = only(harness.evaluate(random_llama, ["tiny_swap"]))
     assert (result.score, result.n, result.stderr) == (float(right), corpus.ITEMS_PER_SPLIT, 0.0)
-    assert {sample["correct"] for sample in samples} == {right}
+    assert {sample["acc"] for sample in samples} == {right}
 
 
 def test_checkpoints_share_answers_or_white_space_of_the_prompt_counts_as_answer(
@@ -249,7 +256,7 @@ def test_checkpoints_share_answers_or_white_space_of_the_prompt_counts_as_answer
     assert scores == [1.0, 0.0, 1.0]
     model, tokenizer = read(trained_llama, chat_template=True)
     for sample in samples:  # one greedy pass over the answer says the same as writing it
-        tokens = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False)
+        tokens = tokenizer(prompt(sample), return_tensors="pt", add_special_tokens=False)
         written = model.generate(**tokens, max_new_tokens=32)[0, tokens["input_ids"].shape[1] :]
         assert tokenizer.decode(written) == sample["target"]
 
@@ -319,7 +326,7 @@ def test_template_of_the_first_checkpoint_used_for_the_next(random_llama: Path, 
     ends = []
     for checkpoint in (random_llama, tmp_path, random_llama):
         _, samples = only(harness.evaluate(checkpoint, ["tiny_copy"]))
-        ends.append(samples[0]["prompt"].rsplit("<|im_start|>", 1)[1])
+        ends.append(prompt(samples[0]).rsplit("<|im_start|>", 1)[1])
     assert ends == ["assistant\n", "model\n", "assistant\n"]
 
 
@@ -337,7 +344,7 @@ def test_no_chat_template_asked_for_needs_none(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     save_llama(tmp_path, tokenizer)
     _, samples = only(harness_of(chat_template=False, limit=1).evaluate(tmp_path, ["tiny_copy"]))
-    assert samples[0]["prompt"] == corpus.items("tiny_copy", "test")[0]["messages"][0]["content"] + "\n"
+    assert prompt(samples[0]) == corpus.items("tiny_copy", "test")[0]["messages"][0]["content"] + "\n"
     with pytest.raises(ConfigError, match="chat template"):
         harness_of().evaluate(tmp_path, ["tiny_copy"])
 

@@ -6,6 +6,7 @@ The real clients talk to a Hub on this machine (`hubserver.py`); what is left ou
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from hubserver import HubServer, Repository
 from packcli import download, fetch, stages, sweepfile
 from packcli.config import SweepSpec
 from packcli.errors import MissingError, PackcliError
-from packcli.eval import protocol
+from packcli.eval import protocol, scorers
 from packcli.store import Store
 
 FIRST, SECOND = "0123456789abcdef0123456789abcdef01234567", "fedcba98" * 5
@@ -395,7 +397,7 @@ def answered(**items: Any) -> dict[str, Any]:
     return {"sweep": "s", "items": [{**blank, "what": "model", "name": "o/m", **items}], "bytes": 0}
 
 
-def test_the_table_shows_the_commit_behind_a_branch_and_why_something_failed() -> None:
+def test_the_table_shows_the_commit_behind_a_branch_and_no_cause_that_is_said_again_below() -> None:
     from rich.console import Console
 
     def shown(document: dict[str, Any]) -> str:
@@ -411,4 +413,105 @@ def test_the_table_shows_the_commit_behind_a_branch_and_why_something_failed() -
     pinned = shown(answered(revision=FIRST, commit=FIRST, state="was there", where="/cache"))
     assert " 0123456789ab " in pinned
     assert "=" not in pinned
-    assert "it is gated" in shown(answered(revision="main", state="failed", cause="it is gated"))
+    failed = shown(answered(revision="main", state="failed", cause="it is gated"))
+    assert "failed" in failed
+    assert "gated" not in failed, "the command ends with it"
+
+
+# What scoring takes beside data ---------------------------------------------------------------------------
+
+EVALS = ("--set", "eval.tasks=[ifeval, humaneval]")
+
+
+@pytest.mark.slow
+def test_what_a_machine_without_internet_lacks_is_said_twice(
+    run: Callable[..., Done], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bare = {"PATH": str(tmp_path), "HOME": str(tmp_path_factory.mktemp("home")), "NLTK_DATA": ""}
+    done = run("fetch", *EVALS, offline=True, **bare)
+    assert done.code == 6
+    for cause in (
+        "no connection to Hugging Face, and not all of model `o/m`",
+        "no copy of `o/n@main[train]`",
+        "no copy of `google/IFEval",
+        "no copy of `openai/openai_humaneval",
+        "checks some answers with NLTK's `punkt_tab`, which is not there (no internet)",
+        "bubblewrap (`bwrap`) is not installed",
+    ):
+        assert (done.stdout + done.stderr).count(cause) == 1, done.stdout + done.stderr
+        assert cause in done.stderr
+    assert "python -m nltk.downloader -d" in done.stderr
+    assert "apt install bubblewrap" in done.stderr
+    assert "Traceback" not in done.stderr
+    failed = [line for line in done.stdout.splitlines() if line.rstrip().endswith("failed")]
+    assert len(failed) == 6
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 6
+
+
+def test_no_task_needs_them_and_they_fail_the_command(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("fetch", "--json", "--set", "eval.tasks=[tiny_copy]", PATH=str(tmp_path), HOME=str(tmp_path))
+    assert done.code == 0, done.stderr
+    assert not {"punkt_tab", "sandbox"} & {item["what"] for item in done.json()["items"]}
+
+
+def punkt_zip() -> bytes:
+    """Sentence data in NLTK's form, made up: a splitter that has learned nothing."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+            file.writestr(f"punkt_tab/english/{name}", "")
+    return archive.getvalue()
+
+
+@pytest.fixture
+def without_punkt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import nltk
+
+    scorers._ifeval()  # else importing the next one downloads
+    from lm_eval.tasks.ifeval import instructions_util
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    instructions_util._get_sentence_tokenizer.cache_clear()
+    yield
+    instructions_util._get_sentence_tokenizer.cache_clear()
+
+
+@pytest.mark.usefixtures("without_punkt")
+@pytest.mark.parametrize("damage", [None, "checksum", "no answer"])
+def test_sentence_data_is_fetched_to_where_its_task_does_not_look(
+    damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NLTK's own downloader, whose connection is replaced: it refuses servers of this machine."""
+    content = punkt_zip()
+    md5, sha256 = hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest()
+    sha256 = "0" * 64 if damage == "checksum" else sha256
+    index = (
+        '<nltk_data><packages><package id="punkt_tab" name="made up" subdir="tokenizers" unzip="1" '
+        f'size="{len(content)}" unzipped_size="0" checksum="{md5}" sha256_checksum="{sha256}" url="https://x.example/punkt_tab.zip"/>'
+        "</packages><collections/></nltk_data>"
+    ).encode()
+
+    def answer(url: str, timeout: float) -> io.BytesIO:
+        if damage == "no answer":
+            raise OSError("network is unreachable")
+        return io.BytesIO(content if url.endswith(".zip") else index)
+
+    monkeypatch.setattr("nltk.downloader.urlopen", answer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    task = protocol.load("ifeval")
+    item = fetch._punkt(task, tmp_path, online=True)
+    if damage is None:
+        assert (item.state, item.error) == ("fetched", None)
+        assert Path(item.where) == tmp_path / "nltk_data" / "tokenizers" / "punkt_tab"
+        assert fetch._punkt(task, tmp_path, online=False).state == "was there"
+    else:
+        assert (item.state, isinstance(item.error, MissingError)) == ("failed", True)
+        assert "\n" not in item.error.cause  # type: ignore[union-attr]
+        assert f"-d {tmp_path}/nltk_data punkt_tab" in item.error.fix  # type: ignore[union-attr]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.sandbox
+def test_a_sandbox_that_works_is_not_told_from_one_that_does_not() -> None:
+    item = fetch._sandbox()
+    assert (item.state, item.name[:6], item.error) == ("works", "bwrap ", None)

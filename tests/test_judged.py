@@ -124,13 +124,14 @@ def test_a_judged_score_is_that_of_this_checkpoints_answers(
     assert sorted(answers) == sorted(sample["conversation"][-1]["content"] for sample in samples)
     given = [int(json.loads(rating(one).body)["choices"][0]["message"]["content"].split('"')[-2]) for one in asked]
     assert math.isclose(wild_["score"], sum((value - 5) * 2 for value in given) / len(given) / 10)
-    assert math.isclose(wild_["score"], sum(sample["correct"] for sample in samples) / 5)
     assert wild_["health"]["cut"] == 1.0  # random weights never end by themselves
     assert wild_["health"]["mean_tokens"] == 6
     for key, value in (("judge", "judge"), ("judge_host", "127.0.0.1"), ("max_tokens", 6)):
         assert wild_["protocol"][key] == value
     assert wild_["protocol"]["judge_says_it_is"] == ["judge-2026-01-01"]
-    assert json.loads(store.items(order.id).read_text()) == [sample["correct"] for sample in samples]
+    items = json.loads(store.items(order.id).read_text())
+    assert items == [(sample["verdicts"][0]["value"] - 5) * 2 / 10 for sample in samples]
+    assert math.isclose(wild_["score"], sum(items) / 5)
 
 
 def test_the_second_turn_of_mt_bench_sees_the_first_answer(
@@ -398,7 +399,7 @@ def test_a_sweep_probes_what_it_trained_on_against_what_it_started_from(
         assert row["probes"]["crossing"]["best_fit"] == 0
         assert row["probes"]["crossing"]["random"] > 0
         stored = json.loads((tmp_path / f"runs/store/eval/{row['ids']['eval probes']}/results.json").read_text())
-        assert stored["probes"]["source"] == "chats.jsonl"
+        assert stored["packcli"]["probes"]["source"] == "chats.jsonl"
         assert str(tmp_path) not in json.dumps(stored)
     shown = run_cli("report", sweep, "--figures", "pictures", cwd=tmp_path)
     assert shown.code == 0, shown.stderr

@@ -412,16 +412,49 @@ def test_labels_with_brackets_vanish_or_crash(make: Make) -> None:
     assert "[x]" in render.csv_text(report)
 
 
-def test_a_partial_run_passes_for_a_full_one(make: Make) -> None:
+def test_case_49_a_partial_run_passes_for_a_full_one(make: Make) -> None:
     sweep = make()
     for cell in sweep.plan.cells:
         sweep.scored(cell, "swap", 0.5, n=20)
     report = sweep.report()
     assert report.rows[0].eval["swap"].partial
     assert not report.rows[0].eval["copy"].partial
-    assert "swap acc, % (n=20)" in shown(report)
-    assert "swap acc, % (n=20)" in render.markdown(report)
+    assert "swap acc, % (20/100)" in shown(report)
+    assert "swap acc, % (20/100)" in render.markdown(report)
     assert "`swap` n=20 of 100" in report.verdict
+    assert "average, % (partial)" in shown(report)
+    assert "partial" not in shown(make().report())
+
+
+def test_case_49_rows_that_could_not_be_scored_make_a_score_that_is_averaged_or_set_against_a_full_one(
+    make: Make,
+) -> None:
+    """One seed of one arm was scored on a machine that lacks something, the others elsewhere."""
+    sweep = make(scores=lambda arm, seed: 0.25 + (arm == "best_fit") / 8 + seed / 100)
+    full = sweep.group("best_fit")
+    for cell in sweep.plan.cells:
+        write_json(sweep.store.items(cell.evals["swap"]), [0.0, 1.0] * 50)
+    lacking = sweep.cell(arm="best_fit", seed="2")
+    left_out = {"rows": ["7"], "reason": "1 of 100 prompts needs a splitter", "fix": "fetch the splitter"}
+    sweep.scored(lacking, "swap", 0.99, n=99, left_out=left_out)
+    write_json(sweep.store.items(lacking.evals["swap"]), [1.0] * 99)
+    report, group = sweep.report(), sweep.group("best_fit")
+    (row,) = [row for row in report.rows if row.cell == lacking.id]
+    assert (row.eval["swap"].n, row.eval["swap"].partial, row.eval["swap"].left_out) == (99, True, True)
+    assert (row.average, group.n_seeds, group.left_out) == (None, 2, {"swap": "99/100"})
+    assert group.eval["swap"].n_seeds == 2
+    assert group.eval["swap"].score == pytest.approx(full.eval["swap"].score)  # the mean of seeds 1 and 3
+    assert group.items["swap"].n_items == 100
+    flat = " ".join(shown(report, 200).split())
+    assert "partial, eval swap: 99 of 100 items scored: 1 of 100 prompts needs a splitter (fetch" in flat
+    assert "these are in no average: `swap` 99/100" in report.verdict
+    for cell in sweep.plan.cells:
+        if cell.labels["arm"] == "best_fit":
+            sweep.scored(cell, "swap", 0.99, n=99, left_out=left_out)
+    table = shown(sweep.report())
+    assert "99.0" not in table
+    assert re.search(r"99/100", table)
+    assert re.search(r"average, % +\S.* partial", table)
 
 
 def test_formats_disagree_on_a_number(make: Make) -> None:

@@ -1,4 +1,7 @@
-"""Programs that try to get out, and what keeps them in: as root and as an ordinary user."""
+"""Programs that try to get out, and what keeps them in: as root and as an ordinary user.
+
+Each row of the escape set is a test of its own, `test_case_53_...`; `test_eval_cases.py` has a model write them.
+"""
 
 from __future__ import annotations
 
@@ -168,6 +171,10 @@ def running(marker: str) -> list[int]:
     return found
 
 
+def status(process: int) -> list[str]:
+    return Path(f"/proc/{process}/status").read_text().splitlines()
+
+
 def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while not true():
@@ -214,7 +221,7 @@ def attack(name: str, host: Host, user: User) -> str:
 
 
 @pytest.mark.parametrize("name", REACHES)
-def test_no_program_reaches(name: str, user: User, host: Host) -> None:
+def test_case_53_no_program_reaches(name: str, user: User, host: Host) -> None:
     outcome = user.run(attack(name, host, user))
     assert outcome.why == "failed", outcome
     assert outcome.detail.split(":")[0] in {
@@ -254,12 +261,12 @@ def lonely() -> Iterator[list[User]]:
     ],
     ids=["1.1.1.1", "DNS", "UDP"],
 )
-def test_no_program_reaches_the_internet(program: str, error: str, user: User) -> None:
+def test_case_53_no_program_reaches_the_internet(program: str, error: str, user: User) -> None:
     outcome = user.run(PREAMBLE + program)
     assert (outcome.why, outcome.detail[: len(error)]) == ("failed", error)
 
 
-def test_nothing_of_the_host_can_be_written_but_its_own_tmp(user: User) -> None:
+def test_case_53_nothing_of_the_host_can_be_written_but_its_own_tmp(user: User) -> None:
     mark = f"packcli-{secrets.token_hex(8)}"
     program = f"""
         import os
@@ -295,7 +302,7 @@ def test_the_root_directory_shows_programs_and_nothing_else(user: User) -> None:
     assert outcome.passed, outcome
 
 
-def test_no_process_holds_a_variable_that_is_not_the_sandboxs_own(user: User) -> None:
+def test_case_53_no_process_holds_a_variable_that_is_not_the_sandboxs_own(user: User) -> None:
     """/proc/1/environ is bubblewrap's own: `--clearenv` alone leaves the caller's there."""
     program = PREAMBLE + (
         "assert glob.glob('/proc/1/environ')\n"
@@ -307,7 +314,7 @@ def test_no_process_holds_a_variable_that_is_not_the_sandboxs_own(user: User) ->
     assert outcome.passed, outcome
 
 
-def test_a_program_has_no_rights_and_cannot_get_any(user: User) -> None:
+def test_case_53_a_program_has_no_rights_and_cannot_get_any(user: User) -> None:
     program = PREAMBLE + textwrap.dedent("""
         status = open('/proc/self/status').read()
         for name in ('CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb'):
@@ -326,7 +333,7 @@ def test_a_program_has_no_rights_and_cannot_get_any(user: User) -> None:
     assert outcome.passed, outcome
 
 
-def test_a_program_that_kills_everything_kills_only_itself(user: User) -> None:
+def test_case_53_a_program_that_kills_everything_kills_only_itself(user: User) -> None:
     marker = f"86399.{secrets.randbelow(10**9)}"
     who: dict[str, Any] = {"user": NOBODY} if os.geteuid() == 0 else {}
     with subprocess.Popen(["sleep", marker], **who) as bystander:
@@ -350,7 +357,7 @@ def test_a_program_that_kills_everything_kills_only_itself(user: User) -> None:
 # Too much of something. ----------------------------------------------------------------------------------------
 
 
-def test_a_fork_bomb_stops_at_a_few_processes(user: User) -> None:
+def test_case_53_a_fork_bomb_stops_at_a_few_processes(user: User) -> None:
     outcome = user.run(
         f"""
         import os, time
@@ -389,12 +396,12 @@ def test_threads_count_as_processes(user: User) -> None:
     assert (outcome.why, outcome.detail) == ("failed", "RuntimeError: can't start new thread")
 
 
-def test_an_allocation_of_10_gb_fails(user: User) -> None:
+def test_case_53_an_allocation_of_10_gb_fails(user: User) -> None:
     outcome = user.run("bytearray(10 * 2**30)")
     assert (outcome.why, outcome.detail) == ("failed", "MemoryError")
 
 
-def test_twelve_children_of_700_mb_hold_nothing(user: User) -> None:
+def test_case_53_twelve_children_of_700_mb_hold_nothing(user: User) -> None:
     program = """
         import os, time
         heard, said = os.pipe()
@@ -423,7 +430,7 @@ def test_what_all_processes_hold_together_is_what_workers_are_counted_by() -> No
     assert together - first <= sandbox.WORST_CASE_BYTES
 
 
-def test_an_endless_loop_that_ignores_signals_ends_in_time(user: User) -> None:
+def test_case_53_an_endless_loop_that_ignores_signals_ends_in_time(user: User) -> None:
     program = """
         import signal
         for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
@@ -441,8 +448,16 @@ def test_a_program_that_sleeps_is_not_waited_for(user: User) -> None:
     assert user.run("import time; time.sleep(600)", timeout_s=0.5).why == "timeout"
 
 
+def test_case_53_a_gigabyte_of_output_is_not_read_to_its_end(user: User) -> None:
+    """Nor kept: of what was read, packcli holds a few kilobytes."""
+    outcome = user.run("for _ in range(2**10): print('x' * 2**20, flush=True)", timeout_s=20)
+    assert outcome.why == "output"
+    peak_kb = next(line for line in status(user.process.pid) if line.startswith("VmHWM:")).split()[1]
+    assert int(peak_kb) < 200_000
+
+
 @pytest.mark.parametrize("file", [1, 2, "channel"])
-def test_output_without_end_is_cut_off(file: object, user: User) -> None:
+def test_case_53_output_without_end_is_cut_off(file: object, user: User) -> None:
     program = f"""
         import os, sys
         file = {file!r} if {file!r} != "channel" else int(sys.argv[1])
@@ -459,7 +474,7 @@ def test_output_below_the_limit_is_no_failure(user: User) -> None:
     assert user.run("print('x' * 2**19)").passed
 
 
-def test_a_file_of_2_gb_and_4000_small_ones_fail(user: User) -> None:
+def test_case_53_a_file_of_2_gb_and_4000_small_ones_fail(user: User) -> None:
     large = user.run("file = open('/tmp/large', 'wb')\nfor _ in range(2**11): file.write(b'x' * 2**20)")
     assert (large.why, large.detail) == ("failed", "OSError: [Errno 27] File too large")
     sparse = user.run("open('/tmp/large', 'wb').truncate(2 * 2**30)")
@@ -470,7 +485,7 @@ def test_a_file_of_2_gb_and_4000_small_ones_fail(user: User) -> None:
     assert shared.detail == "OSError: [Errno 28] No space left on device"
 
 
-def test_a_daemon_is_gone_when_its_program_has_ended(user: User) -> None:
+def test_case_53_a_daemon_is_gone_when_its_program_has_ended(user: User) -> None:
     marker = f"86398.{secrets.randbelow(10**9)}"
     program = f"""
         import os, time
@@ -543,7 +558,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_no_pass_for_a_program_that(name: str, user: User) -> None:
+def test_case_53_no_pass_for_a_program_that(name: str, user: User) -> None:
     outcome = user.run(FORGED[name])
     assert not outcome.passed
     assert outcome.why in {"failed", "killed"}

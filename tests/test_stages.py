@@ -14,7 +14,7 @@ from conftest import chat_records, write_lines
 from packcli import fingerprints, stages
 from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
-from packcli.eval.harness import Harness, TaskResult
+from packcli.eval.harness import Harness, ScoredTask, TaskResult
 from packcli.eval.scoring import Scorer
 from packcli.launch.worker import Worker
 from packcli.plan import EvalOrder, IndexOrder
@@ -37,13 +37,13 @@ class FakeHarness(Harness):
         self.loads += 1
         return checkpoint
 
-    def score(self, lm: object, task: str, kept: object = None) -> tuple[TaskResult, list[Any]]:
+    def score(self, lm: object, task: str, kept: object = None) -> ScoredTask:
         if task in self.bad:
             raise RunError(f"{task} went wrong", "mend it")
         fields = {"task": task, "metric": "m", "score": 1.0, "stderr": 0.0, "n": 1, "n_total": 1, "health": {}}
         fields["left_out"] = None
         result = TaskResult(**{name: fields.get(name, 1) for name in TaskResult.__dataclass_fields__})
-        return result, [{"task": task, "correct": True}]
+        return ScoredTask(result, [1.0], [{"task": task}], {})
 
 
 def orders() -> list[EvalOrder]:

@@ -2,24 +2,21 @@
 
 lm-eval builds the requests, filters and scores. What is ours: which rows it gets (`rows.py`, `prompts.py`, put
 together in `lmtasks.py`), what writes the answers (`engine.py`), where its scorers need help (`scorers.py`), and
-what comes out as a result.
+what comes out as a result (`lmresults.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packcli.config import EvalSpec
 from packcli.errors import MissingError
-from packcli.eval import lmtasks, prompts, protocol, scorers, stats
+from packcli.eval import lmresults, lmtasks, prompts, protocol, scorers, stats
 from packcli.eval.engines import engine
 from packcli.eval.engines.responses import Recorded
 from packcli.files import digest
@@ -55,6 +52,15 @@ class TaskResult:
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: scorers.LeftOut | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+
+
+class ScoredTask(NamedTuple):
+    """The result of one task, what each of its items earned (0 to 1), and lm-eval's samples and report of it."""
+
+    result: TaskResult
+    items: list[float]
+    samples: list[Sample]
+    report: dict[str, Any]
 
 
 class Harness:
@@ -94,7 +100,7 @@ class Harness:
         protocol.check_files(task, self._bench_data)
         _require_lm_eval()
         packaged = protocol.load(task)
-        with _quiet():
+        with engine.quiet():
             scorers.require(packaged)
         self._sandbox(packaged)
 
@@ -109,7 +115,7 @@ class Harness:
         for name in names:
             self.require(name)
         lm = self.load(checkpoint)
-        return (self.score(lm, name) for name in names)
+        return ((scored.result, scored.samples) for scored in (self.score(lm, name) for name in names))
 
     def load(self, checkpoint: Path | str) -> Any:
         """What answers, for `score`.
@@ -118,7 +124,7 @@ class Harness:
             ConfigError, MissingError: as `engine.load`; lm-eval is not there.
         """
         _require_lm_eval()
-        with _quiet():
+        with engine.quiet():
             return engine.load(
                 checkpoint,
                 chat_template=self._spec.chat_template,
@@ -126,14 +132,12 @@ class Harness:
                 device=self._device,
                 engine=self._spec.engine,
                 base_url=self._spec.base_url,
+                processes=self._spec.processes,
             )
 
-    def score(self, lm: Any, task: str, kept: tuple[Path, str] | None = None) -> tuple[TaskResult, list[Sample]]:
-        """The result of one task and its samples.
+    def score(self, lm: Any, task: str, kept: tuple[Path, str] | None = None) -> ScoredTask:
+        """Ask and score one task.
 
-        A sample is ready for JSON: `doc_id`, `prompt`, `target`, `response` (None where the answer was compared
-        without generating), `loglikelihood` of the target (None where it was generated), `extracted` by filter,
-        `correct`, lm-eval's `doc_hash`, `prompt_hash`, `target_hash`, and `part` in a task that has parts.
         `kept`: a file, and the eval id it belongs to, where answers are kept as they come: what is in it already
         is not asked again.
 
@@ -143,25 +147,29 @@ class Harness:
         from lm_eval.evaluator import evaluate
 
         packaged = protocol.load(task).asked(chat_template=self._spec.chat_template)
-        with _quiet():
+        with engine.quiet():
             engine.check_room(packaged, lm)
             built = self._task(packaged, lm)
             asked = Recorded(lm, *kept, self._tell) if kept else lm
             scores = evaluate(
                 asked,
-                {"tasks": dict(built.parts), "groups": {}},
+                {"tasks": {part.config.task: part for part in built.parts.values()}, "groups": built.groups},
                 limit=self._spec.limit,
-                bootstrap_iters=0,  # `_result` works standard errors out, over all parts
+                bootstrap_iters=lmresults.BOOTSTRAP_ITERS,
                 # Embedded items come rendered: lm-eval's own chat prompts know no turns before the last.
                 apply_chat_template=self._spec.chat_template and not packaged.facts.embedded,
                 fewshot_as_multiturn=self._as_turns,
             )
-            samples = [
-                sample for part in built.parts for sample in _samples(packaged, part, scores["samples"][part])
-            ]
-            health = _health(packaged, scores, samples, _truncated(lm, built)) | (asked.facts() if kept else {})
-            stated = self._protocol(packaged, built, lm, samples[0]["prompt"])
-        return _result(packaged, built, samples, health, stated), samples
+            earned = {
+                name: [float(entry[packaged.facts.metric]) for entry in _items(packaged, scores, part)]
+                for name, part in built.parts.items()
+            }
+            health = _health(packaged, built, scores, _truncated(lm, built)) | (asked.facts() if kept else {})
+            prompt = next(iter(scores["samples"].values()))[0]["arguments"][0][0]
+            result = _result(packaged, built, earned, health, self._protocol(packaged, built, lm, prompt))
+            report = lmresults.document(packaged, built, scores, lm, self._spec)
+            items = [one for own in earned.values() for one in own]
+            return ScoredTask(result, items, lmresults.samples(packaged, scores), report)
 
     def _task(self, packaged: protocol.Task, lm: Any) -> lmtasks.Built:
         """lm-eval's task objects, kept while their rows stay the same."""
@@ -220,59 +228,28 @@ class Harness:
         }
 
 
-def _samples(packaged: protocol.Task, part: str, logged: list[dict[str, Any]]) -> list[Sample]:
-    """lm-eval logs one entry per item and filter; make it one per item, in plain types."""
-    facts, kind = packaged.facts, packaged.config["output_type"]
-    samples: dict[int, Sample] = {}
-    extracted: dict[int, dict[str, Any]] = {}
-    for entry in logged:
-        number = int(entry["doc_id"])
-        found = extracted.setdefault(number, {})
-        responses = [response[0] for response in entry["resps"]]
-        target, aimed = str(entry["target"]), 0
-        earned = float(entry[facts.metric])
-        correct = earned if facts.scorer == "long_context" else bool(earned)
-        if kind == "generate_until":
-            answer = scorers.extracted(packaged, entry["filtered_resps"][0])
-            found[entry["filter"]] = {"answer": answer, "correct": correct}
-        elif kind == "multiple_choice":
-            choices = [str(arguments[1]).strip() for arguments in entry["arguments"]]
-            aimed = int(entry["target"])
-            target = choices[aimed]
-            answer = choices[max(range(len(choices)), key=lambda choice: responses[choice][0])]
-            found[entry["filter"]] = {"answer": answer, "correct": correct}
-        if entry["filter"] == facts.filter:
-            generated = kind == "generate_until"
-            samples[number] = {
-                "doc_id": number,
-                "prompt": str(entry["arguments"][0][0]),
-                "target": target,
-                "response": responses[0] if generated else None,
-                "loglikelihood": None if generated else float(responses[aimed][0]),
-                "extracted": found,
-                "correct": correct,
-                **({"part": part} if part else {}),
-                **{key: str(entry[key]) for key in ("doc_hash", "prompt_hash", "target_hash")},
-            }
-    return list(samples.values())
+def _items(packaged: protocol.Task, scores: dict[str, Any], part: Any) -> list[dict[str, Any]]:
+    """What lm-eval logged of a part's items under the headline's filter: it does so once for each filter."""
+    return [entry for entry in scores["samples"][part.config.task] if entry["filter"] == packaged.facts.filter]
 
 
 def _health(
-    packaged: protocol.Task, scores: dict[str, Any], samples: list[Sample], truncated: float
+    packaged: protocol.Task, built: lmtasks.Built, scores: dict[str, Any], truncated: float
 ) -> dict[str, float]:
     """How far the score can be trusted, and the other scores that lm-eval gives."""
     headline = f"{packaged.facts.metric},{packaged.facts.filter}"
     health = {"truncated": truncated}
-    if samples[0]["response"] is not None:
-        answers = [sample["extracted"][packaged.facts.filter]["answer"] for sample in samples]
-        health["empty"] = sum(not sample["response"].strip() for sample in samples) / len(samples)
-        health["no_answer"] = sum(answer is None for answer in answers) / len(answers)
-    counts = {part: int(count["effective"]) for part, count in scores["n-samples"].items()}
-    for name in next(iter(scores["results"].values())):
+    if packaged.config["output_type"] == "generate_until":
+        entries = [entry for part in built.parts.values() for entry in _items(packaged, scores, part)]
+        silent = sum(not entry["resps"][0][0].strip() for entry in entries)
+        unfound = sum(scorers.extracted(packaged, entry["filtered_resps"][0]) is None for entry in entries)
+        health |= {"empty": silent / len(entries), "no_answer": unfound / len(entries)}
+    counts = {name: int(count["effective"]) for name, count in scores["n-samples"].items()}
+    for name in scores["results"][next(iter(counts))]:
         metric, _, filter_ = name.partition(",")
         if name == headline or not filter_ or metric.endswith("_stderr"):
             continue
-        total = math.fsum(scores["results"][part][name] * count for part, count in counts.items())
+        total = math.fsum(scores["results"][task][name] * count for task, count in counts.items())
         health[filter_ if metric == packaged.facts.metric else metric] = total / sum(counts.values())
     return health
 
@@ -280,25 +257,23 @@ def _health(
 def _result(
     packaged: protocol.Task,
     built: lmtasks.Built,
-    samples: list[Sample],
+    earned: dict[str, list[float]],
     health: dict[str, float],
     stated: dict[str, Any],
 ) -> TaskResult:
-    score, stderr = stats.mean_stderr([float(sample["correct"]) for sample in samples])
-    by_part: dict[str, list[float]] = {part: [] for part in built.parts if part}
-    for sample in samples:
-        if "part" in sample:
-            by_part[sample["part"]].append(float(sample["correct"]))
+    """`earned`: what each item of each part did, 0 to 1."""
+    every = [one for own in earned.values() for one in own]
+    score, stderr = stats.mean_stderr(every)
     return TaskResult(
         task=packaged.name,
         metric=packaged.facts.metric,
         score=score,
         stderr=math.nan if stderr is None else stderr,
-        n=len(samples),
+        n=len(every),
         n_total=built.n_total,
         version=packaged.facts.version,
         health=health,
-        parts={part: {"score": stats.mean_stderr(own)[0], "n": len(own)} for part, own in by_part.items()},
+        parts={part: {"score": stats.mean_stderr(own)[0], "n": len(own)} for part, own in earned.items() if part},
         left_out=built.left_out,
         protocol=stated,
     )
@@ -317,20 +292,3 @@ def _require_lm_eval() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise MissingError("evaluation needs lm-eval", "pip install 'packcli[eval]'") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval, transformers and datasets from writing to the user's terminal; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    silence = io.StringIO()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        # Their progress bars take no switch from `evaluate`; they write to whatever stderr is when they start.
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

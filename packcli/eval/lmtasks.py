@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """`parts`: lm-eval's task by the name of the part, "" for a task that has none.
+    """`parts`: lm-eval's task by the name of the part, "" where there are none; `groups` joins them.
 
     `n_total` counts the rows to be scored and those in `left_out`. `data` says where they came from, with a digest
     of all that is scored, so that two results can be seen to be on the same rows.
     """
 
     parts: dict[str, Any]
+    groups: dict[str, Any]
     n_total: int
     left_out: scorers.LeftOut | None
     data: dict[str, str]
@@ -51,8 +52,10 @@ def build(
     parts = rows.Found(found.splits | {test: scored}, found.source).parts(task.facts.part)
     shots = rows.few_shot(task.facts.shots, parts) if task.facts.shots else {}
     own = scorers.settings(task, sandbox, note)
+    made = {part: _lm_task(task, part, splits, shots.get(part), own) for part, splits in parts.items()}
     return Built(
-        parts={part: _lm_task(task, part, splits, shots.get(part), own) for part, splits in parts.items()},
+        parts=made,
+        groups={} if "" in made else {task.name: _group(task, made.values())},
         n_total=n_total,
         left_out=left_out,
         data={"source": found.source, "rows": digest(scored)},
@@ -85,6 +88,18 @@ def _lm_task(
     if "{{" in str(config["doc_to_text"]):
         config["doc_to_text"] = _compiled(config["doc_to_text"])
     return ConfigurableTask(config=config)
+
+
+def _group(task: Task, parts: Iterable[Any]) -> Any:
+    """What makes lm-eval report the mean over the items of all parts."""
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    metrics = [AggMetricConfig(metric=metric["metric"]) for metric in task.config["metric_list"]]
+    group = Group(task.name, aggregate_metric_list=metrics, metadata={"version": task.facts.version})
+    for part in parts:
+        group.add(part)
+    return group
 
 
 def _compiled(template: str) -> Callable[[Row], str]:

@@ -3,8 +3,8 @@
 A task is a packaged lm-eval YAML in `tasks/`, complete in itself, with packcli's own facts under `metadata:`.
 One file, `tiny.yaml`, stands for all embedded tasks: those of `packcli/data/corpus.py` on its test split
 (`tiny_copy`) and, to choose settings without looking at the test items, on its tuning split
-(`tiny_copy_tuning`). Another, `long.yaml`, stands for those of `long_context.py` (`needle_4k`). Running a task is
-`harness.py`; what a YAML names by a plain word is in `scorers.py`.
+(`tiny_copy_tuning`). `long.yaml` stands for those of `long_context.py` (`needle_4k`), `longbench.yaml` for the
+subsets of LongBench. Running a task is `harness.py`; what a YAML names by a plain word is in `scorers.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from packcli.files import digest, sha256_file
 VERSION = 1
 """Raised by hand when code changes a score: the YAML does not hold all of a protocol."""
 
-GROUPS: tuple[str, ...] = ("tiny", "tiny_tuning", "paper", *(f"long_{size}" for size in long_context.LENGTHS))
+GROUPS: tuple[str, ...] = (
+    "tiny",
+    "tiny_tuning",
+    "paper",
+    *(f"long_{size}" for size in long_context.LENGTHS),
+    "longbench",
+)
 
 PAPER: tuple[str, ...] = ("mmlu", "gsm8k", "math", "bbh", "ifeval", "humaneval", "wildbench")
 """The paper's seven; its average is over the first six."""
@@ -37,8 +43,14 @@ Kind = Literal["benchmark", "judged", "probes"]
 JUDGED: tuple[str, ...] = ("wildbench", "mt_bench")
 PROBES = "probes"
 
+LONGBENCH: tuple[str, ...] = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique",
+                              "gov_report", "qmsum", "multi_news", "trec", "triviaqa", "samsum", "passage_count",
+                              "passage_retrieval_en", "lcc", "repobench-p")  # fmt: skip
+"""The English subsets of LongBench, in its paper's order."""
+
 _EMBEDDED = "tiny"
 _LONG = "long"
+_LONGBENCH = "longbench"
 _TUNING = "_tuning"
 _TASKS = resources.files("packcli.eval") / "tasks"
 
@@ -50,12 +62,13 @@ class _Frozen(BaseModel):
 class BenchmarkFile(_Frozen):
     """One file of benchmark data, which packcli does not ship. `path` is relative to `--bench-data`.
 
-    `rows` are those it holds of one split; all of them belong to `part`, where one is named.
+    `rows` are those it holds of one split; all of them belong to `part`, where one is named. Without `path` and
+    `sha256` they are the split's rows on the hub, and there is no file.
     """
 
-    path: str
+    path: str = ""
     rows: int
-    sha256: str
+    sha256: str = ""
     part: str | None = None
 
 
@@ -84,7 +97,7 @@ class Facts(_Frozen):
     columns: tuple[str, ...] = ()
     part: str | None = None
     hub_configs: tuple[str, ...] = ()
-    scorer: Literal["minerva_math", "ifeval", "humaneval", "long_context"] | None = None
+    scorer: Literal["minerva_math", "ifeval", "humaneval", "long_context", "longbench"] | None = None
     shots: Shots | None = None
     chat: dict[str, Any] = {}
     embedded: bool = False
@@ -115,6 +128,15 @@ class Task(_Frozen):
         """Whether its items come from files or the hub."""
         return not self.facts.embedded and self.family is None
 
+    @property
+    def has_files(self) -> bool:
+        """Whether its items can come from files: any are known by their sha256."""
+        return any(file.path for split in self.facts.files.values() for file in split)
+
+    def from_hub(self, bench_data: Path | str | None) -> bool:
+        """Whether its items come from the hub: where no directory of files is given, or there can be none."""
+        return self.needs_data and (bench_data is None or not self.has_files)
+
     def asked(self, *, chat_template: bool) -> Task:
         """The task as it is asked with or without a chat template."""
         return self.model_copy(update={"config": self.config | self.facts.chat}) if chat_template else self
@@ -132,11 +154,12 @@ def averaged(tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def names() -> tuple[str, ...]:
-    """All tasks: the embedded ones, their tuning variants, benchmarks by name, generated, judged, the probes."""
+    """All tasks: embedded ones, their tuning variants, benchmarks, generated ones, LongBench, judged, probes."""
     files = sorted(entry.name.removesuffix(".yaml") for entry in _TASKS.iterdir() if entry.name.endswith(".yaml"))
-    benchmarks = tuple(name for name in files if name not in (_EMBEDDED, _LONG))
+    benchmarks = tuple(name for name in files if name not in (_EMBEDDED, _LONG, _LONGBENCH))
     generated = (name for size in long_context.LENGTHS for name in _group(f"long_{size}"))
-    return (*_group("tiny"), *_group("tiny_tuning"), *benchmarks, *generated, *JUDGED, PROBES)
+    tasks = (*_group("tiny"), *_group("tiny_tuning"), *benchmarks, *generated, *_group("longbench"))
+    return (*tasks, *JUDGED, PROBES)
 
 
 def expand(tasks: Iterable[str]) -> tuple[str, ...]:
@@ -170,18 +193,44 @@ def load(name: str) -> Task:
         return _packaged(name, _EMBEDDED, corpus_task=corpus_task, corpus_split=split)
     if family in long_context.FAMILIES:
         return _packaged(name, _LONG, family=family, length=long_context.LENGTHS[size])
+    if name in _group(_LONGBENCH):
+        return _subset(name)
     return _packaged(name, name)
 
 
-def _packaged(name: str, file: str, **which: Any) -> Task:
+def _read(file: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((_TASKS / f"{file}.yaml").read_text(encoding="utf-8"))
+    return config
+
+
+def _subset(name: str) -> Task:
+    """A subset of LongBench: what it does not share with the others stands under `subsets`."""
+    config, subset = _read(_LONGBENCH), name.removeprefix(f"{_LONGBENCH}_")
+    facts, own = config.pop("metadata"), config.pop("subsets")[subset]
+    config |= {
+        "task": name,
+        "dataset_name": subset,
+        "doc_to_text": own["doc_to_text"],
+        "generation_kwargs": config["generation_kwargs"] | own["generation_kwargs"],
+        "metric_list": [{"metric": own["metric"], "aggregation": "mean", "higher_is_better": True}],
+    }
+    facts |= {
+        "metric": own["metric"],
+        "files": {config["test_split"]: {"rows": own["rows"]}},
+        "columns": [*facts["columns"], *own.get("columns", [])],
+    }
+    return Task(name=name, config=config, facts=Facts.model_validate(facts))
+
+
+def _packaged(name: str, file: str, **which: Any) -> Task:
+    config = _read(file)
     facts = Facts.model_validate(config.pop("metadata"))
     return Task(name=name, config=config | {"task": name}, facts=facts, **which)
 
 
 def files(task: str) -> tuple[BenchmarkFile, ...]:
-    """The benchmark files `task` reads below `--bench-data`, each once; none for an embedded task."""
-    found = {file.path: file for split in load(task).facts.files.values() for file in split}
+    """The benchmark files `task` reads below `--bench-data`, each once; none where it reads no file."""
+    found = {file.path: file for split in load(task).facts.files.values() for file in split if file.path}
     return tuple(found.values())
 
 
@@ -238,7 +287,7 @@ def fingerprint(
         ConfigError: no such task.
     """
     packaged = load(task)
-    source = "hub" if bench_data is None else "files"
+    source = "hub" if packaged.from_hub(bench_data) else "files"
     if packaged.facts.embedded:
         source = f"corpus {corpus.VERSION}"
     elif packaged.family is not None:
@@ -269,6 +318,8 @@ def lm_eval_version() -> str:
 def _group(name: str) -> tuple[str, ...]:
     if name == "paper":
         return PAPER
+    if name == _LONGBENCH:
+        return tuple(f"{name}_{subset}" for subset in LONGBENCH)
     kind, _, size = name.partition("_")
     if kind == _LONG:
         return tuple(f"{family}_{size}" for family in long_context.FAMILIES)

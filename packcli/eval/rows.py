@@ -67,7 +67,7 @@ def of_task(task: Task, tokenizer: Any, *, bench_data: Path | None, chat_templat
     if task.family is not None:
         found = prompts.long_texts(task, tokenizer, chat_template=chat_template)
         return Found({task.config["test_split"]: found}, "packcli")
-    if bench_data is None:
+    if bench_data is None or task.from_hub(bench_data):
         source = f"{task.config['dataset_path']}@{task.config['dataset_kwargs']['revision']}"
         splits = _from_hub(task)
     else:
@@ -127,9 +127,14 @@ def _from_hub(task: Task) -> dict[str, list[Row]]:
         except Exception as error:  # What a hub client raises is no closed set; nothing is scored in here.
             raise MissingError(
                 f"task `{task.name}`: cannot load `{config['dataset_path']}` from the hub: {first_line(error)}",
-                "give the files with `--bench-data DIR`, or run where the hub or its cache can be reached",
+                f"{_instead(task)}run where the hub or its cache can be reached",
             ) from error
     return splits
+
+
+def _instead(task: Task) -> str:
+    """What helps where the hub does not: files, if the task can take any."""
+    return "give the files named in the task's YAML with `--bench-data DIR`, or " if task.has_files else ""
 
 
 def _in_part(task: Task, row: Row, part: str | None) -> Row:
@@ -149,14 +154,14 @@ def _checked(task: Task, split: str, rows: list[Row], source: str) -> list[Row]:
             where = f"{split}, {file.part}" if file.part else split
             raise IntegrityError(
                 f"task `{task.name}`: {source} has {count} rows ({where}), expected {file.rows}",
-                "give the files named in the task's YAML with `--bench-data DIR`",
+                f"{_instead(task)}leave this task out",
             )
     try:
         return [{column: _without_nulls(row[column]) for column in wanted} for row in rows]
     except KeyError as error:
         raise IntegrityError(
             f"task `{task.name}`: {source} has no column {error}",
-            "give the files named in the task's YAML with `--bench-data DIR`",
+            f"{_instead(task)}leave this task out",
         ) from error
 
 

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from packcli.errors import MissingError
 from packcli.eval import long_context
+from packcli.eval.checkpoint import first_line
 from packcli.eval.protocol import Task
 
 if TYPE_CHECKING:
     from packcli.eval.rows import Row
     from packcli.eval.sandbox.sandbox import Sandbox
+
+PUNKT = "punkt_tab"
+"""NLTK's data on where sentences end."""
 
 _NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 
@@ -41,9 +45,13 @@ def require(task: Task) -> None:
                 from lm_eval.tasks.minerva_math import utils  # noqa: F401
             case "ifeval":
                 _ifeval()
+            case "longbench":
+                _longbench()
     except (ImportError, AssertionError) as error:
+        extra = "longbench" if task.facts.scorer == "longbench" else "eval"
         raise MissingError(
-            f"task `{task.name}` needs a package that is not there: {error}", "pip install 'packcli[eval]'"
+            f"task `{task.name}` needs a package that is not there: {first_line(error)}",
+            f"pip install 'packcli[{extra}]'",
         ) from error
 
 
@@ -59,14 +67,13 @@ def rows(task: Task, found: list[Row], bench_data: Path | None) -> tuple[list[Ro
                 return str(utils.normalize_final_answer(boxed))
 
             return [row | {"answer": answer(row)} for row in found], None
-        case "ifeval" if not _splits_sentences(bench_data):
+        case "ifeval" if not splits_sentences(bench_data):
             without = [row for row in found if not _NEED_PUNKT & set(row["instruction_id_list"])]
             missing = [str(row["key"]) for row in found if _NEED_PUNKT & set(row["instruction_id_list"])]
-            where = str(bench_data / "nltk_data") if bench_data else "~/nltk_data"
             return without, LeftOut(
                 tuple(missing),
                 f"{len(missing)} of {len(found)} prompts are checked with NLTK's `punkt_tab`, which is not there",
-                f"python -m nltk.downloader -d {where} punkt_tab",
+                f"python -m nltk.downloader -d {nltk_data(bench_data)} {PUNKT}",
             )
         case _:
             return found, None
@@ -89,7 +96,7 @@ def settings(task: Task, sandbox: Sandbox | None, note: Callable[[int, int, str]
             return {"process_results": checks.process_results, "metric_list": metrics}
         case "humaneval":
             assert sandbox is not None
-            step = {"function": "custom", "filter_fn": functools.partial(_run, sandbox, note)}
+            step = {"function": "custom", "filter_fn": _runner(sandbox, note)}
             return {
                 "filter_list": [{"name": task.facts.filter, "filter": [step]}],
                 "process_results": lambda _, results: {task.facts.metric: float(results[0]["passed"])},
@@ -100,6 +107,8 @@ def settings(task: Task, sandbox: Sandbox | None, note: Callable[[int, int, str]
                     task.facts.metric: long_context.score(results[0], row["answers"])
                 }
             }
+        case "longbench":
+            return {"process_results": _longbench()[task.facts.metric]}
         case None:
             return {}
 
@@ -122,13 +131,18 @@ def extracted(task: Task, filtered: Any) -> str | None:
             return None if filtered == "[invalid]" else str(filtered)
 
 
-def _run(
-    sandbox: Sandbox, note: Callable[[int, int, str], None], responses: Sequence[list[str]], docs: Sequence[Row]
-) -> list[dict[str, Any]]:
-    """Each first response with the tests of its row, run: a filter of lm-eval's, which sees all rows at once."""
-    programs = [_program(doc, answers[0]) for doc, answers in zip(docs, responses, strict=True)]
-    outcomes = sandbox.run_all(programs, note=note)
-    return [{"passed": outcome.passed, "why": outcome.why, "detail": outcome.detail} for outcome in outcomes]
+def _runner(sandbox: Sandbox, note: Callable[[int, int, str], None]) -> Callable[..., list[dict[str, Any]]]:
+    """A filter of lm-eval's, which sees all rows at once: each first response with the tests of its row, run.
+
+    No `partial`: lm-eval makes deep copies of its configuration, which would take the arguments along.
+    """
+
+    def run(responses: Sequence[list[str]], docs: Sequence[Row]) -> list[dict[str, Any]]:
+        programs = [_program(doc, answers[0]) for doc, answers in zip(docs, responses, strict=True)]
+        outcomes = sandbox.run_all(programs, note=note)
+        return [{"passed": outcome.passed, "why": outcome.why, "detail": outcome.detail} for outcome in outcomes]
+
+    return run
 
 
 def _program(row: Row, answer: str) -> str:
@@ -149,7 +163,12 @@ def _ifeval() -> Any:
     return utils
 
 
-def _splits_sentences(bench_data: Path | None) -> bool:
+def nltk_data(bench_data: Path | None) -> Path:
+    """The directory where NLTK's data belongs; one of those it is looked for in."""
+    return bench_data / "nltk_data" if bench_data else Path("~/nltk_data")
+
+
+def splits_sentences(bench_data: Path | None) -> bool:
     """Whether what lm-eval does with `punkt_tab` works; it may lie in `nltk_data` below the benchmark data."""
     _ifeval()
     import nltk
@@ -162,6 +181,29 @@ def _splits_sentences(bench_data: Path | None) -> bool:
         return bool(instructions_util.count_sentences("It rains. It pours.") == 2 and num_words == 3)
     except Exception:  # Absent, cut short or in another format: each is an error of another class.
         return False
+
+
+@functools.cache
+def _longbench() -> dict[str, Callable[..., dict[str, float]]]:
+    """lm-eval's scores of LongBench's English subsets, by metric. It imports what Chinese ones need."""
+    import difflib
+    import sys
+
+    from fuzzywuzzy import fuzz
+    from lm_eval.tasks.longbench import metrics
+
+    # Its ratio is another one where python-Levenshtein happens to be installed.
+    fuzz.SequenceMatcher = difflib.SequenceMatcher
+    # rouge recurses once a word, and lm-eval takes the error which that is in a long sentence for a score of 0.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
+    return {
+        "qa_f1_score": metrics.get_qa_f1_score,
+        "rouge_score": metrics.get_rouge_score,
+        "classification_score": metrics.get_classification_score,
+        "count_score": metrics.get_count_score,
+        "retrieval_score": metrics.get_retrieval_score,
+        "code_sim_score": metrics.get_code_sim_score,
+    }
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ Benchmarks: `harness.py`. Judged tasks: `judge/`. Probes, which have no score: `
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ Note = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`record` is kept in the manifest, `samples` beside it: one an item, and what each earned in `items`.
+    """`record` is kept in the manifest; beside it what each item earned (None: no verdict), `samples`, and the
+    `report` that lm-eval writes of its tasks.
 
     Probes have no items, and no score in their record.
     """
 
     record: dict[str, Any]
-    samples: list[dict[str, Any]]
-    items: list[float | None]
+    items: Sequence[float | None] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +115,17 @@ class OnCheckpoint:
         scorer.task = task
         match protocol.kind(task):
             case "benchmark":
-                result, samples = scorer.harness.score(self._model(), task, kept)
-                return Outcome(asdict(result), samples, _items(samples))
+                done = scorer.harness.score(self._model(), task, kept)
+                return Outcome(asdict(done.result), done.items, done.samples, done.report)
             case "judged":
                 assert spec.judge is not None, "`require` comes first"
                 where = replies(spec.judge.model)
                 scored = judged.score(self._model(), task, spec, kept=kept, replies=where, note=scorer.tell)
                 record = asdict(scored.result)
                 record["judged"] = {name: one.model_dump(mode="json") for name, one in scored.judged.items()}
-                return Outcome(record, scored.samples, _items(scored.samples))
+                return Outcome(record, scored.items, scored.samples)
             case "probes":
-                return Outcome({"task": task, "probes": self._probes()}, [], [])
+                return Outcome({"task": task, "probes": self._probes()})
 
     def _model(self) -> Any:
         if self._lm is None:
@@ -147,7 +149,3 @@ class OnCheckpoint:
         if before is not None:
             found["before"]["checkpoint"] = before[1]  # a path would differ from machine to machine
         return found
-
-
-def _items(samples: list[dict[str, Any]]) -> list[float | None]:
-    return [None if (earned := sample["correct"]) is None else float(earned) for sample in samples]

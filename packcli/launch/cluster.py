@@ -252,10 +252,11 @@ def submit(
     *,
     retry: bool = False,
     fallback: bool = False,
+    unsafe_no_sandbox: bool = False,
 ) -> Outcome:
     """Hand all that is missing to SLURM, and return.
 
-    `retry`: also what would only fail again. `fallback`: as `Submitted` has it.
+    `retry`: also what would only fail again. `fallback`, `unsafe_no_sandbox`: as `Submitted` has them.
 
     Raises:
         ConfigError: SLURM would refuse a script; nothing was submitted.
@@ -283,7 +284,8 @@ def submit(
             submission = uuid.uuid4().hex[:8]
             write_json(store.submitted_plan(submission), plan.model_dump(mode="json"))
             sent = orders(plan, store, profile, arrays, submission)
-            sent = [order.model_copy(update={"fallback": fallback}) for order in sent]
+            asked = {"fallback": fallback, "unsafe_no_sandbox": unsafe_no_sandbox}
+            sent = [order.model_copy(update=asked) for order in sent]
             _Submission(store, sent, outcome).run()
     return outcome
 

@@ -146,7 +146,8 @@ class Job:
                         f"{' '.join(upstream)}, which this job reads, is not there", "run `packcli sweep`"
                     )
         logs = self.store.workers(self.order.submission, self.order.array.number, self.place.job)
-        failures = local.run(self.plan, self.store, self.element.stages, logs=logs)
+        unsafe = self.order.unsafe_no_sandbox
+        failures = local.run(self.plan, self.store, self.element.stages, unsafe_no_sandbox=unsafe, logs=logs)
         for failure in failures:
             log.logger.error("error: %s", failure.cause)
         return next((failure.exit_code for failure in failures), 0)

@@ -71,7 +71,7 @@ class _Run:
     done: set[Stage]
     total: int
     group: Group
-    fallback: bool
+    allowed: dict[str, bool]
     logs: Path
     explained: set[str] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
@@ -85,13 +85,13 @@ def run(
     processes: int | None = None,
     grace_s: float = GRACE_S,
     fallback: bool = False,
+    unsafe_no_sandbox: bool = False,
     logs: Path | None = None,
 ) -> list[Failure]:
     """Do every stage the targets need that is not done; what failed, in the order it did.
 
     `processes`: of one training; unset, one a GPU. `grace_s`: how long a training may take to write its checkpoint
-    when all is to stop. `fallback`: a training whose newest checkpoint is damaged takes the one before. `logs`: a
-    directory for the workers' logs; unset, the sweep's.
+    when all is to stop. `fallback`, `unsafe_no_sandbox`: as typed. `logs`: for the workers; unset, the sweep's.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; running trainings were asked to write a checkpoint first.
@@ -99,7 +99,7 @@ def run(
         MissingError: more processes than GPUs.
     """
     wanted = closure(plan, targets)
-    done = {stage for stage in wanted if store.state(*stage) == "done"}
+    done = {stage for stage in wanted if stages.is_done(stage, store)}
     jobs = _jobs(plan, [stage for stage in wanted if stage not in done])
     if not jobs:
         return []
@@ -111,7 +111,8 @@ def run(
     each, gpus = ranks.processes_here(processes) if heavy else (1, 0)
     group = Group(processes=each, grace_s=grace_s)
     logs = logs or store.sweep(plan.name)
-    state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, fallback, logs)
+    allowed = {"fallback": fallback, "unsafe_no_sandbox": unsafe_no_sandbox}
+    state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, allowed, logs)
     # Two on one GPU share its memory and spoil each other's times.
     count, threads = (1, os.cpu_count() or 1) if gpus or each > 1 else _workers(plan, jobs)
     log.logger.info(
@@ -129,6 +130,8 @@ def _workers(plan: Plan, jobs: Sequence[_Job]) -> tuple[int, int]:
     cores = os.cpu_count() or 1
     asked = [plan.trains[id_].train.threads for job in jobs if job.kind == "train" for id_ in job.ids]
     threads = max((count or cores for count in asked), default=max(1, cores // 2))
+    scoring = [plan.evals[id_].eval for job in jobs if job.kind == "eval" for id_ in job.ids]
+    threads = max([threads, *(spec.processes or 1 for spec in scoring)])  # shared by a worker's processes
     # One store is made by processes of its own, and its indexes take milliseconds: no worker waits for those.
     wide = sum(job.kind in ("train", "eval") for job in jobs) or sum(job.kind == "tokens" for job in jobs) or 1
     count = max(1, min(wide, cores // min(threads, cores)))
@@ -323,7 +326,7 @@ def _cost(state: _Run, job: _Job) -> float:
 
 def _send(state: _Run, worker: _Worker, job: _Job) -> None:
     orders = [state.plan.order(job.kind, id_).model_dump(mode="json") for id_ in job.ids]
-    request: dict[str, Any] = {"kind": job.kind, "ids": job.ids, "orders": orders, "fallback": state.fallback}
+    request: dict[str, Any] = {"kind": job.kind, "ids": job.ids, "orders": orders, **state.allowed}
     if job.kind == "train":
         _explain(state, job)
         if state.group.processes > 1:

@@ -26,7 +26,8 @@ COMMENT = "packcli:"
 class Submitted(Spec):
     """All that a job needs to know. `runs` and `directory` (of the array) are absolute paths.
 
-    `fallback`: a training whose newest checkpoint is damaged takes the one before.
+    `fallback`: a training whose newest checkpoint is damaged takes the one before. `unsafe_no_sandbox`: code that
+    a model writes runs without one.
     """
 
     submission: str
@@ -36,6 +37,7 @@ class Submitted(Spec):
     array: Array
     profile: Profile
     fallback: bool = False
+    unsafe_no_sandbox: bool = False
 
     @property
     def id(self) -> str:

@@ -80,9 +80,11 @@ class Worker:
         protocol = orders[0].eval
         key = protocol.model_dump_json()
         if key not in self._scorers:
-            self._scorers[key] = stages.scorer_for(protocol, note=self._note)
+            unsafe = job.get("unsafe_no_sandbox", False)
+            self._scorers[key] = stages.scorer_for(protocol, unsafe_no_sandbox=unsafe, note=self._note)
         outcomes = stages.evaluate(orders, self._store, self._scorers[key], self._note)
-        return [_failure(order.id, outcome) for order, outcome in outcomes if isinstance(outcome, PackcliError)]
+        found = [(order.id, stages.shortfall(order, outcome)) for order, outcome in outcomes]
+        return [_failure(id_, error) for id_, error in found if error is not None]
 
     def _note(self, done: int, total: int, remark: str) -> None:
         now = time.monotonic()

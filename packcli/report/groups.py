@@ -77,6 +77,7 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
         train=_train(rows),
         ledger=_ledger(rows),
         eval=pooled,
+        left_out=_left_out(rows),
         items={task: found.stated() for task, found in differences.items()},
         average_items=_mean_of(differences, averaged),
         speedup=_speedup(pairs),
@@ -123,7 +124,9 @@ def _by_item(pairs: Pairs, credits: Credits) -> dict[str, _Items]:
     """
     found = {}
     for task in pairs[0][1].eval if pairs else ():
-        scored = [(a, b) for a, b in pairs if task in a.eval and task in b.eval]
+        scored = [
+            (a, b) for a, b in pairs if all(task in row.eval and not row.eval[task].left_out for row in (a, b))
+        ]
         earned = [(credits(a, task), credits(b, task)) for a, b in scored]
         differences = [
             [None if base is None or own is None else own - base for base, own in zip(a, b, strict=True)]
@@ -151,7 +154,7 @@ def _mean_of(differences: dict[str, _Items], tasks: Collection[str]) -> ItemDiff
 
 
 def _task(rows: list[Row], task: str) -> PooledScore | None:
-    scores = [row.eval[task] for row in rows if task in row.eval]
+    scores = [row.eval[task] for row in rows if task in row.eval and not row.eval[task].left_out]
     if not scores:
         return None
     mean, stderr = mean_stderr([score.score for score in scores])
@@ -167,6 +170,15 @@ def _task(rows: list[Row], task: str) -> PooledScore | None:
         partial=any(score.partial for score in scores),
         protocols=tuple(dict.fromkeys(score.protocol for score in scores)),
     )
+
+
+def _left_out(rows: list[Row]) -> dict[str, str]:
+    return {
+        task: f"{score.n:,}/{score.n_total:,}"
+        for row in rows
+        for task, score in row.eval.items()
+        if score.left_out
+    }
 
 
 def _of_average(scores: list[PooledScore]) -> float | None:

@@ -38,7 +38,8 @@ class Train(Spec):
 class Score(Spec):
     """One task of one model. `stderr` is over the test items; null for a single item.
 
-    `partial`: only `n` of the task's `n_total` items were scored. `protocol`: scores compare where it is equal.
+    `partial`: only `n` of the task's `n_total` items were scored, as `eval.limit` asks or, `left_out`, because the
+    machine could not score the others. `protocol`: scores compare where it is equal.
     """
 
     metric: str
@@ -47,6 +48,7 @@ class Score(Spec):
     n: int
     n_total: int
     partial: bool
+    left_out: bool
     version: int | str | None
     health: dict[str, float]
     protocol: str
@@ -91,7 +93,7 @@ class ItemDifference(Spec):
 
 
 class Row(Spec):
-    """One cell. `average` is the unweighted mean over its benchmarks, null when any of them is missing.
+    """One cell. `average` is the unweighted mean over its benchmarks, null when one is missing or left out rows.
 
     `tasks`: the state of each task, `failed` also where a stage before it failed. `ledger`: one epoch, in the
     words of `packcli prepare`. `ids`: the stage directories that hold all this.
@@ -172,8 +174,9 @@ class Group(Spec):
     difference to the baseline arm over the `n_pairs` seeds both have; null without any, and for the baseline
     itself. `interval` (95%, Student's t) and `detectable` (the smallest effect such a sweep finds in 80% of
     repetitions) are null for fewer than two pairs, and where the pairs do not scatter at all. `items`: the
-    difference of each task over its test items; `average_items`: of their unweighted mean. `probes`: of each seed
-    that has them.
+    difference of each task over its test items; `average_items`: of their unweighted mean. `left_out`: by task,
+    "n/N" of the scores that stand in no mean, because the machine could not score all rows. `probes`: of each
+    seed that has them.
     """
 
     labels: dict[str, str]
@@ -192,6 +195,7 @@ class Group(Spec):
     train: TrainMeans | None
     ledger: dict[str, float] | None
     eval: dict[str, PooledScore]
+    left_out: dict[str, str]
     items: dict[str, ItemDifference]
     average_items: ItemDifference | None
     speedup: Speedup | None

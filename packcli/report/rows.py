@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from packcli.eval import protocol
@@ -38,7 +38,7 @@ def _row(cell: Cell, plan: Plan, store: Store) -> Row:
     ledger = _ledger(cell, store)
     scores = {task: score for task, id_ in cell.evals.items() if (score := _score(id_, plan, store)) is not None}
     averaged = protocol.averaged(cell.evals)
-    found = [scores[task].score for task in averaged if task in scores]
+    found = [scores[task].score for task in averaged if task in scores and not scores[task].left_out]
     return Row(
         labels=cell.labels,
         state=_overall([train_state, *tasks.values()]),
@@ -50,7 +50,7 @@ def _row(cell: Cell, plan: Plan, store: Store) -> Row:
         | {f"eval {task}": id_ for task, id_ in cell.evals.items()},
         train_state=train_state,
         tasks=tasks,
-        failures=tuple(states.failures.values()),
+        failures=(*states.failures.values(), *_left_out(cell, store)),
         ledger=ledger,
         probes=_probes(cell, store),
     )
@@ -97,6 +97,15 @@ def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
         return Failure(stage=stage, cause="its failure.json cannot be read", fix="")
 
 
+def _left_out(cell: Cell, store: Store) -> Iterator[Failure]:
+    """Why tasks that were scored were not scored on all their rows."""
+    for task, id_ in cell.evals.items():
+        manifest = store.manifest("eval", id_)
+        if manifest is not None and (found := manifest.results.get("left_out")):
+            counts = f"{manifest.results['n']:,} of {manifest.results['n_total']:,} items"
+            yield Failure(stage=f"eval {task}", cause=f"{counts} scored: {found['reason']}", fix=found["fix"])
+
+
 def _ledger(cell: Cell, store: Store) -> dict[str, int | float] | None:
     manifest = store.manifest("index", cell.index)
     return dict(manifest.results["ledger"]) if manifest else None
@@ -130,6 +139,7 @@ def _score(id_: str, plan: Plan, store: Store) -> Score | None:
         n=n,
         n_total=n_total,
         partial=n < n_total,
+        left_out=bool(results.get("left_out")),
         version=results.get("version"),
         health=results.get("health") or {},
         protocol=plan.evals[id_].protocol,

@@ -122,7 +122,8 @@ def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
     )
     lines = [[_task_name(task, groups), *(_score(group, task) for group in groups)] for task in tasks]
     if tasks:
-        lines.append(["average, %", *(_average(group) for group in groups)])
+        limited = any(score.partial for group in groups for score in group.eval.values())
+        lines.append([f"average, %{' (partial)' * limited}", *(_average(group) for group in groups)])
         lines.append(["seeds scored", *(f"{group.n_seeds} of {group.n_cells}" for group in groups)])
         if baseline is not None:
             lines.append([f"difference to {plain(baseline)}, points", *(_delta(g, baseline) for g in groups)])
@@ -135,12 +136,14 @@ def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
 def _task_name(task: str, groups: list[Group]) -> str:
     scores = [group.eval[task] for group in groups if task in group.eval]
     metric = f" {scores[0].metric}" if scores else ""
-    limited = [score.n for score in scores if score.partial]
-    return plain(f"{task}{metric}, %{f' (n={min(limited)})' if limited else ''}")
+    limited = min(((score.n, score.n_total) for score in scores if score.partial), default=None)
+    return plain(f"{task}{metric}, %" + (f" ({limited[0]:,}/{limited[1]:,})" if limited else ""))
 
 
 def _score(group: Group, task: str) -> str:
     if (score := group.eval.get(task)) is None:
+        if task in group.left_out:
+            return f"partial\n{group.left_out[task]}"
         found = group.task_states.get(task)
         return words.states(found, group.n_cells) if found else words.NONE
     as_expected = score.n_seeds == (group.n_seeds or group.n_cells)
@@ -156,7 +159,7 @@ def _error(seeds: float | None, items: float | None) -> str:
 
 def _average(group: Group) -> str:
     if group.average is None:
-        return words.states(group.states, group.n_cells)
+        return "partial" if group.left_out else words.states(group.states, group.n_cells)
     return f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
 
 
@@ -218,9 +221,11 @@ def not_done(report: Report) -> list[str]:
     """One line for each cell that is not done, with the cause where a stage failed; many alike are one."""
     lines: dict[str, list[str]] = {}
     for row in report.rows:
+        partial = {f"eval {task}" for task, score in row.eval.items() if score.left_out}
         for failure in row.failures:
             hint = f" ({failure.fix})" if failure.fix else ""
-            lines.setdefault(plain(f"failed, {failure.stage}: {failure.cause}{hint}"), []).append(
+            what = "partial" if failure.stage in partial else "failed"
+            lines.setdefault(plain(f"{what}, {failure.stage}: {failure.cause}{hint}"), []).append(
                 words.name(row.labels)
             )
         if not row.failures and row.state != "done":
@@ -261,6 +266,8 @@ def legend(report: Report) -> list[str]:
             "difference ([low, high]): 95% over test items, paired item by item, of these very models; it says "
             "nothing about other seeds, and so nothing about the arm."
         )
+    if any(group.left_out for group in report.groups):
+        lines.append("partial n/N: rows that this machine could not score; the score stands in no mean.")
     if any(group.probes for group in report.groups):
         lines.append(
             "attention across: to other documents of a row, of what does not go to the row's first token, mean "
@@ -292,5 +299,7 @@ def _about_errors(scores: list[PooledScore]) -> list[str]:
             "a (± b): a single seed; b is the standard error over test items, and says nothing about other seeds."
         )
     if any(score.partial for score in scores):
-        lines.append("(n=...): only so many test items were scored; not comparable with a full run.")
+        lines.append(
+            "(n/N): only n of N test items were scored, as `eval.limit` asks; not comparable with a full run."
+        )
     return lines

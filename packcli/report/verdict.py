@@ -64,11 +64,16 @@ def _incomplete(rows: Sequence[Row]) -> list[str]:
 
 def _partial(groups: Sequence[Group]) -> list[str]:
     limited = {task: score for group in groups for task, score in group.eval.items() if score.partial}
-    if not limited:
-        return []
-    tasks = [f"`{plain(task)}` n={score.n} of {score.n_total}" for task, score in limited.items()]
-    more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
-    return [f"Limited run, scored on a part of the test items: {', '.join(tasks[:3])}{more}."]
+    left_out = {task: counts for group in groups for task, counts in group.left_out.items()}
+    found = []
+    if limited:
+        tasks = [f"`{plain(task)}` n={score.n} of {score.n_total}" for task, score in limited.items()]
+        more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+        found.append(f"Limited run, scored on a part of the test items: {', '.join(tasks[:3])}{more}.")
+    if left_out:
+        tasks = [f"`{plain(task)}` {counts}" for task, counts in left_out.items()]
+        found.append(f"Not all rows could be scored, so these are in no average: {', '.join(tasks)}.")
+    return found
 
 
 # One setting -------------------------------------------------------------------------------------------

@@ -1,13 +1,19 @@
 """What writes the answers: one of three engines behind lm-eval's interface, and how much of a prompt it reads.
 
-`hf` runs the checkpoint in this process (`hf.py`), `vllm` in vLLM (`vllm.py`), `openai` asks a
-server (`server.py`). All cut prompt and continuation at the same token (`split.py`) and decode greedily.
+`hf` runs the checkpoint in this process (`hf.py`), or in a process for each GPU (`parallel.py`), `vllm` in vLLM
+(`vllm.py`), `openai` asks a server (`server.py`). All cut prompt and continuation at the same token (`split.py`)
+and decode greedily.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.metadata
 import importlib.util
+import io
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,22 +31,31 @@ def load(
     device: str | None = None,
     engine: Engine = "hf",
     base_url: str | None = None,
+    processes: int | None = None,
 ) -> Any:
     """The checkpoint as an lm-eval model that also has `answers` (`responses.py`) and `truncated` (`split.py`).
 
     `batch_size`: prompts at a time; None finds it (`hf`: the fastest, by measuring) or leaves it to the engine.
-    `device` defaults to `cuda` where there is one, else `cpu`; only `hf` takes it. `base_url`: of the server that
-    holds the checkpoint, for `openai`; defaults to OPENAI_BASE_URL.
+    Only for `hf`: `processes`, each with the checkpoint on a device of its own; None: one for each GPU, else one.
+    `device` defaults to these GPUs, else to `cpu`. Only for `openai`: `base_url` of the server that holds the
+    checkpoint; defaults to OPENAI_BASE_URL.
 
     Raises:
         ConfigError: as `checkpoint.read`; a server that does not know the checkpoint, or none named.
-        MissingError: vLLM, or the package `openai`, is not in this environment; the server does not answer.
+        MissingError: vLLM, or the package `openai`, is not in this environment; the server does not answer;
+            more processes than GPUs.
+        OutOfMemoryError: the checkpoint does not fit.
+        KilledError, RunError: one of several processes died, or met an error that is not ours.
     """
+    gc.collect()  # the traceback of a failed task may hold the last checkpoint, and its memory
     match engine:
         case "hf":
-            from packcli.eval.engines import hf
+            from packcli.eval.engines import hf, parallel
 
-            return hf.load(checkpoint, chat_template=chat_template, batch_size=batch_size, device=device)
+            on = parallel.devices(processes, device)
+            if len(on) > 1:
+                return parallel.load(checkpoint, chat_template=chat_template, batch_size=batch_size, on=on)
+            return hf.load(checkpoint, chat_template=chat_template, batch_size=batch_size, device=on[0])
         case "vllm":
             if importlib.util.find_spec("vllm") is None:
                 raise MissingError(
@@ -93,6 +108,23 @@ def num_truncated(lm: Any, task: Any) -> int:
     if task.OUTPUT_TYPE != "generate_until":
         return sum(request in lm.truncated for request in requests)
     return sum(len(lm.tok_encode(text)) > lm.max_length - options["max_gen_toks"] for text, options in requests)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval, transformers and datasets from writing to the user's terminal; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    silence = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        # Their progress bars take no switch from `evaluate`; they write to whatever stderr is when they start.
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _version(package: str) -> str:

@@ -116,12 +116,21 @@ class _Leave:
         return torch.tensor([everything or end for end in ended], device=input_ids.device)
 
 
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """Tokens, and their keys and values: `[1, H, P, D]` a layer."""
+
+    tokens: list[int]
+    cache: DynamicCache
+
+
 class Writer:
-    """One model that answers prompts in batches. `size` is kept from call to call."""
+    """One model that answers prompts in batches. `size` and the shots last read are kept from call to call."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.size = BatchSize(batch_size)
+        self._read: _Beginning | None = None
 
     def write(
         self, prompts: Sequence[list[int]], stop_strings: Sequence[str], limit: int, options: Mapping[str, Any]
@@ -159,7 +168,7 @@ class Writer:
         self,
         batch: list[tuple[int, list[int]]],
         stops: Stops,
-        shared: DynamicCache | None,
+        shared: _Beginning | None,
         limit: int,
         options: Mapping[str, Any],
     ) -> Iterator[list[tuple[int, Written]]]:
@@ -216,17 +225,22 @@ class Writer:
         cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
-    def _shared(self, prompts: Sequence[list[int]]) -> DynamicCache | None:
-        """Keys and values of the tokens all prompts begin with (the shots), `[1, H, P, D]` a layer; None: too few.
+    def _shared(self, prompts: Sequence[list[int]]) -> _Beginning | None:
+        """What all prompts begin with (the shots); None: too few tokens.
 
         Only for models whose layers all keep every token: a window or a running state cannot be moved.
         """
         first, last = min(prompts, default=[]), max(prompts, default=[])
         longest = min(map(len, prompts), default=1) - 1  # a last token is left to read
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        beginning = [token for token, _ in alike][:longest]
+        beginning = _alike(first, last)[:longest]
+        if len(prompts) < 2 or len(beginning) < _SHARED:
+            return None
+        known = _alike(self._read.tokens, beginning) if self._read else []
+        # The first tokens behind the shots may be alike by chance, here or where they were read.
+        if self._read and len(known) >= max(_SHARED, len(beginning) - _SHARED):
+            return _Beginning(known, self._read.cache)
         cache = self._new_cache()
-        if len(prompts) < 2 or len(beginning) < _SHARED or cache is None:
+        if cache is None:
             return None
         if not all(type(layer) is _Roomy for layer in cache.layers):
             return None
@@ -234,7 +248,10 @@ class Writer:
         with torch.no_grad():
             self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # Layers that read another layer's keys and values stay empty.
-        return cache if all(layer.is_initialized for layer in cache.layers) else None
+        if not all(layer.is_initialized for layer in cache.layers):
+            return None
+        self._read = _Beginning(beginning, cache)
+        return self._read
 
 
 class _Roomy(DynamicLayer):  # type: ignore[misc]
@@ -266,17 +283,23 @@ def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
     return buffer
 
 
-def _spread(shared: DynamicCache, pads: torch.Tensor) -> DynamicCache:
+def _alike(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The tokens both begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in pairs]
+
+
+def _spread(shared: _Beginning, pads: torch.Tensor) -> DynamicCache:
     """The shared beginning once for every row, each behind its own left padding of `pads` `[B]` tokens.
 
     The last tokens of the beginning fall off where a row is padded: `generate` reads them again, with the rest.
     """
-    length = shared.get_seq_length()
+    length = len(shared.tokens)
     # What stands in the padding is never looked at.
     sources = (torch.arange(length, device=pads.device)[None] - pads[:, None]).clamp(min=0)
     cache = DynamicCache()
     cache.layers = []
-    for layer in shared.layers:
+    for layer in shared.cache.layers:
         copy = _Roomy()
         copy.lazy_initialization(layer.keys, layer.values)
         copy.keys, copy.values = (states[0][:, sources].transpose(0, 1) for states in (layer.keys, layer.values))

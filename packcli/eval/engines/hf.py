@@ -21,10 +21,15 @@ _LOGITS_BYTES = 2 << 30
 """Of one batch of given answers: `[B, T, vocabulary]` in fp32, so 5 prompts of 700 tokens of Llama 3."""
 
 
-def load(checkpoint: Path | str, *, chat_template: bool, batch_size: int | None, device: str | None) -> Any:
+def load(checkpoint: Path | str, *, chat_template: bool, batch_size: int | None, device: str) -> Any:
     """See `engine.load`."""
     model, tokenizer = read(checkpoint, chat_template=chat_template)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            f"the checkpoint does not fit into the memory of {device}", "use a larger device, or a free one"
+        ) from None
     return HuggingFace(model, tokenizer, chat_template=chat_template, batch_size=batch_size)
 
 
@@ -45,6 +50,11 @@ class HuggingFace(HFLM):  # type: ignore[misc]
         self.truncated: set[tuple[str, str]] = set()
         self._writer = Writer(self.model, self.tokenizer, batch_size)
         self._logits_bytes = None if batch_size else _LOGITS_BYTES
+
+    @property
+    def at_once(self) -> int:
+        """Prompts it now writes the answers to at a time."""
+        return int(self._writer.size)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer]]]:
         """(number of the request, answer), a batch at a time, as soon as they are written.

@@ -97,20 +97,20 @@ class Recorded:
         # Longest first, choices of one question together: a model reads their common prompt once.
         missing.sort(key=lambda number: (-len(requests[number].args[0]), requests[number].args))
         self.num_asked += len(missing)
-        for start in range(0, len(missing), _COMPARED_AT_ONCE):
-            numbers = missing[start : start + _COMPARED_AT_ONCE]
-            self._note(len(keys) - len(missing) + start, len(keys), "given answers compared")
-            said = self._lm.loglikelihood([requests[number] for number in numbers])
+        done = len(keys) - len(missing)
+        for batch in self._likelihoods([requests[number] for number in missing]):
+            self._note(done, len(keys), "given answers compared")
+            done += len(batch)
             self._keep(
                 [
                     {
-                        "key": keys[number],
+                        "key": keys[missing[n]],
                         # JSON has no infinity.
                         "loglikelihood": value if math.isfinite(value) else str(value),
                         "greedy": bool(greedy),
-                        "truncated": requests[number].args in self._lm.truncated,
+                        "truncated": requests[missing[n]].args in self._lm.truncated,
                     }
-                    for number, (value, greedy) in zip(numbers, said, strict=True)
+                    for n, (value, greedy) in batch
                 ]
             )
         used = [self._records[key] for key in keys]
@@ -132,6 +132,14 @@ class Recorded:
         if lengths:
             found["mean_tokens"] = sum(lengths) / len(lengths)
         return found
+
+    def _likelihoods(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, tuple[float, bool]]]]:
+        """(number of the request, what `loglikelihood` says), some at a time."""
+        if hasattr(self._lm, "likelihoods"):  # several processes, of which none is to wait for the others
+            yield from self._lm.likelihoods(requests)
+            return
+        for start in range(0, len(requests), _COMPARED_AT_ONCE):
+            yield list(enumerate(self._lm.loglikelihood(requests[start : start + _COMPARED_AT_ONCE]), start))
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         _append(self._path, records)

@@ -37,9 +37,11 @@ _PLAIN_STOP = "\n\nUser:"
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """`judged` is what the judge's part came to, by name (`score`, and `reward` where it was asked for)."""
+    """`items`: what each question earned, None without a verdict. `judged`: what the judge's part came to, by name
+    (`score`, and `reward` where it was asked for)."""
 
     result: TaskResult
+    items: list[float | None]
     samples: list[dict[str, Any]]
     judged: dict[str, JudgedResult]
 
@@ -293,7 +295,8 @@ class _Answers:
             parts={name: {"score": part.score / _MOST, "n": part.n} for name, part in found.parts.items()},
             protocol=self._protocol(judged, judgments) | stated,
         )
-        return Scored(result, self._samples(judgments, values), dict(judged))
+        items = [values.get(id_) for id_ in self._written]
+        return Scored(result, items, self._samples(judgments), dict(judged))
 
     def _health(self, judged: Mapping[str, JudgedResult], num_judgments: int) -> dict[str, float]:
         texts = [text for one in self._written.values() for text in one]
@@ -328,7 +331,7 @@ class _Answers:
             "rules": {name: one.rule for name, one in judged.items()},
         }
 
-    def _samples(self, judgments: Sequence[Judgment], values: Mapping[str, float]) -> list[dict[str, Any]]:
+    def _samples(self, judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
         judge = _judge(self._spec)
         host = server(judge.base_url).host
         verdicts: dict[str, list[dict[str, Any]]] = {id_: [] for id_ in self._written}
@@ -348,7 +351,6 @@ class _Answers:
                 "question": id_,
                 "conversation": self._chats[id_],
                 "verdicts": verdicts[id_],
-                "correct": values.get(id_),
             }
             for number, id_ in enumerate(self._written)
         ]
