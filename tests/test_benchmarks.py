@@ -144,6 +144,7 @@ def test_real_rows_the_scorer_cannot_tell(
 
 @needs_data
 @pytest.mark.soak
+@pytest.mark.timeout(1500)  # wrong answers to MATH took ten minutes on a busy machine
 @pytest.mark.parametrize("chat_template", [True, False], ids=["chat", "text"])
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("task", [pytest.param("humaneval", marks=pytest.mark.sandbox), *SCORED[:-1]])
