@@ -5,23 +5,26 @@ Results go to stdout, progress and errors to stderr. Heavy libraries load inside
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from packcli import __version__, console, log
-from packcli.errors import ConfigError, LeftError, MissingError, OutOfMemoryError, PackcliError
+from packcli.errors import ConfigError, IntegrityError, LeftError, MissingError, OutOfMemoryError, PackcliError
 from packcli.processes import GRACE_S
 
 if TYPE_CHECKING:
     from packcli.launch.cluster import Outcome, View
     from packcli.launch.profile import Profile
     from packcli.plan import Plan
+    from packcli.report.records import Report
     from packcli.store import Store
 
 app = typer.Typer(
@@ -58,7 +61,7 @@ Fallback = Annotated[
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
 ]
-Format = Literal["table", "md", "csv", "json"]
+Format = Literal["table", "md", "csv", "latex", "json"]
 DEFAULT_RUNS = Path("runs")
 
 
@@ -559,7 +562,12 @@ def status(
 @app.command()
 def report(
     sweep: SweepFile,
-    format_: Annotated[Format, typer.Option("--format", help="table, md, csv or json.")] = "table",
+    format_: Annotated[Format, typer.Option("--format", help="table, md, csv, latex or json.")] = "table",
+    against: Annotated[
+        Literal["paper"] | None, typer.Option("--against", help='Beside what "Packing Analysis" printed.')
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Also the health of each score, and every cost.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 4 when a file of a result is damaged.")] = False,
     figures: Annotated[
         Path | None,
         typer.Option("--figures", metavar="DIR", help="Also draw loss, throughput, speed-up and probes there."),
@@ -570,16 +578,28 @@ def report(
     json: Json = False,
 ) -> None:
     """Print the comparison table of what has run so far."""
-    plan, store = _open(sweep, set_, only, runs)
-    _report(plan, store, "json" if json else format_)
+    with _no_garbage():
+        plan, store = _open(sweep, set_, only, runs)
+        collected = _report(plan, store, "json" if json else format_, against=against, everything=all_)
     if figures is not None:
         from packcli.report import figures as drawing
-        from packcli.report import probe_figures, rows
+        from packcli.report import probe_figures
 
-        collected = rows.collect(plan, store)
         drawn = [*drawing.draw(collected, store, figures), *probe_figures.of_cells(collected, store, figures)]
         for path in drawn:
             log.logger.info("%s", path)
+    if strict and (damaged := collected.damaged()):
+        raise IntegrityError("\n".join(damaged), "delete what is named and run the sweep again")
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Of ten thousand cells nothing can go before the end, and looking for what could takes half the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @app.command()
@@ -606,19 +626,25 @@ def fetch_(
     console.finish([item.error for item in items if item.error])
 
 
-def _report(plan: Plan, store: Store, format_: Format) -> None:
-    from packcli.report import render, rows
+def _report(
+    plan: Plan, store: Store, format_: Format, *, against: Literal["paper"] | None = None, everything: bool = False
+) -> Report:
+    from packcli.report import paper, render, rows
 
     collected = rows.collect(plan, store)
+    beside = paper.compare(plan, collected) if against else None
     match format_:
         case "table":
-            console.show(render.table(collected))
+            console.show(render.table(collected, beside, everything=everything))
         case "md":
-            typer.echo(render.markdown(collected))
+            typer.echo(render.markdown(collected, beside, everything=everything))
         case "csv":
-            typer.echo(render.csv_text(collected), nl=False)
+            typer.echo(render.csv_text(collected, beside), nl=False)
+        case "latex":
+            typer.echo(render.latex_text(collected, beside, everything=everything), nl=False)
         case "json":
-            typer.echo(render.json_text(collected))
+            typer.echo(render.json_text(collected, beside))
+    return collected
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 PEAK_BF16_FLOPS = {  # dense, per device; vendors' data sheets. Of two names that fit, the longer counts.
@@ -113,6 +114,7 @@ def full_square(model: Shape, *, tokens: int, max_length: int, trainable: int | 
     return training(model, tokens=tokens, squares=squares, supervised=tokens, trainable=trainable)
 
 
+@cache
 def peak(device: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name, or None: an unknown device gets no MFU, never a guess.
 

@@ -60,6 +60,12 @@ def arms() -> tuple[str, ...]:
     return tuple(_paper().total_steps["tulu"])
 
 
+def budget(model: str) -> tuple[int, int]:
+    """Epochs, and rows a step, of the runs of a model."""
+    run = _paper().runs[model]
+    return run.epochs, run.per_device_batch * run.grad_accum * run.gpus
+
+
 def expected_steps(dataset: str, model: str, arm: str) -> int:
     """Optimizer steps as printed. Raises `ConfigError` for what the paper did not run."""
     try:

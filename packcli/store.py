@@ -153,7 +153,7 @@ class Store:
         return self.root / "store" / "fingerprints.json"
 
     def directory(self, kind: Kind, id_: str) -> Path:
-        return self.root / "store" / kind / id_
+        return self.root.joinpath("store", kind, id_)
 
     def source(self, kind: Kind, id_: str) -> Path:
         """Where a stage is read. One that is being made has no manifest yet: it is written to its directory."""
@@ -164,7 +164,7 @@ class Store:
         return self.directory(kind, id_)
 
     def manifest_file(self, kind: Kind, id_: str) -> Path:
-        return self.directory(kind, id_) / MANIFEST
+        return self.root.joinpath("store", kind, id_, MANIFEST)
 
     def failure_file(self, kind: Kind, id_: str) -> Path:
         return self.directory(kind, id_) / "failure.json"

@@ -246,7 +246,7 @@ def _cell(
     arms: Mapping[str, dict[str, Any]],
     problems: Problems,
 ) -> CellSpec | None:
-    raw = copy.deepcopy(dict(base))
+    raw = _copied(base)
     for axis, value in combination.items():
         if axis not in ("arm", "seed"):
             _set(raw, axis, value)
@@ -280,6 +280,11 @@ def _cell(
     except ValidationError as error:
         _report(error, arm, combination, problems)
         return None
+
+
+def _copied(base: Mapping[str, Any]) -> dict[str, Any]:
+    """To set keys in: mappings are copied, to any depth, and all else is shared."""
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in base.items()}
 
 
 def _merged(block: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ OPTIONS = {
     "cancel": SELECTING,
     "fetch": SELECTING,
     "status": SELECTING,
-    "report": SELECTING | {"--format", "--figures"},
+    "report": SELECTING | {"--format", "--figures", "--against", "--all", "--strict"},
     "verify": {"--help"},
 }
 

@@ -6,6 +6,9 @@ import csv
 import io
 import math
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,10 @@ import orjson
 import pytest
 from rich.console import Console
 
-from packcli import sweepfile
-from packcli.files import write_json
+from packcli import cli, stages, sweepfile
+from packcli.files import read_json, sha256_file, write_json
 from packcli.plan import Cell, Kind, Plan, needed, plan
-from packcli.report import render, rows, words
+from packcli.report import render, rows, sheets, words
 from packcli.report.records import Group, Report
 from packcli.store import Manifest, Store
 
@@ -35,17 +38,10 @@ matrix:
   seed: [1, 2, 3]
 """
 
-LEDGER = {
-    "rows": 100,
-    "slots": 6400,
-    "documents_cut": 0,
-    "tokens_truncated": 7,
-    "tokens_kept": 3200,
-    "efficiency": 0.5,
-}
+LEDGER = {"documents_cut": 0, "tokens_truncated": 7, "tokens_kept": 3200}
 TRAINED: dict[str, Any] = {"steps": 40, "tokens": 3200, "slots": 6400, "supervised": 900}
 TRAINED |= {"final_loss": 1.5, "validation_loss": 1.25, "wall_s": 20.0, "cpu_s": 30.0}
-TRAINED |= {"useful_tokens_per_s": 160.0, "padded_tokens_per_s": 320.0}
+RATES = {"useful": "tokens", "padded": "slots"}
 TRAINED |= {"random_weights": True, "processes": 1, "threads": 1, "device": "cpu"}
 SCORED = {"metric": "acc", "stderr": 0.05, "n": 100, "n_total": 100, "version": 1, "health": {}}
 
@@ -70,11 +66,22 @@ class Sweep:
         write_json(self.store.failure_file(kind, id_), {"cause": cause, "fix": "lower `train.lr`"})
 
     def trained(self, cell: Cell, **results: Any) -> None:
-        self.finish("index", cell.index, {"ledger": LEDGER})
-        self.finish("train", cell.train, TRAINED | results)
+        """Rates, and the ledger of the one epoch, follow from the results: else no training could have them."""
+        found = TRAINED | results
+        rates = {f"{kind}_tokens_per_s": found[of] / found["wall_s"] for kind, of in RATES.items()}
+        own = {"rows": 8 * found["steps"], "slots": found["slots"], "efficiency": found["tokens"] / found["slots"]}
+        self.finish("index", cell.index, {"ledger": LEDGER | own})
+        self.finish("train", cell.train, found | rates)
 
     def scored(self, cell: Cell, task: str, score: float, **results: Any) -> None:
         self.finish("eval", cell.evals[task], {"task": task, "score": score} | SCORED | results)
+
+    def finish_with_files(self, eval_: str) -> None:
+        """Let the manifest of a scored task vouch for the files beside it."""
+        path = self.store.manifest_file("eval", eval_)
+        kept = [file for file in path.parent.iterdir() if file != path]
+        outputs = {file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size} for file in kept}
+        write_json(path, read_json(path) | {"outputs": outputs})
 
     def cell(self, **labels: str) -> Cell:
         (found,) = [cell for cell in self.plan.cells if labels.items() <= cell.labels.items()]
@@ -114,6 +121,13 @@ def shown(report: Report, width: int = 110) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(render.table(report))
     return console.export_text()
+
+
+def column(report: Report, title: str, *, everything: bool = False) -> dict[str, list[str]]:
+    """What the sheet that begins so has under each name, arm by arm."""
+    (sheet,) = [one for one in sheets.sheets(report, everything=everything) if one.title.startswith(title)]
+    rows = [row for _, block in sheet.blocks for row in block]
+    return {name: ["\n".join(row[n].lines) for row in rows] for n, name in enumerate(sheet.header)}
 
 
 # Rows --------------------------------------------------------------------------------------------------
@@ -174,8 +188,8 @@ def test_a_failed_cell_hides_its_cause_or_reads_as_zero(make: Make) -> None:
     assert [failure.cause for failure in row.failures] == ["step 12: loss nan in [document 3]"]
     for text in (shown(report, 200), render.markdown(report), render.csv_text(report)):
         assert "step 12: loss nan in [document 3]" in text
-    (cpu,) = [line for line in shown(report).splitlines() if line.strip().startswith("CPU time")]
-    assert cpu.split()[-1] == "failed"
+    assert column(report, "scores")["copy\nacc"][1] == "failed"
+    assert column(report, "cost of training")["wall\ntime, s"][1] == "failed"
     assert "no finished training to set against `padding`" in report.verdict
 
 
@@ -243,7 +257,7 @@ def test_seeds_that_agree_to_the_item_make_a_difference_certain(make: Make) -> N
     sweep = make(scores=lambda arm, seed: seed / 10 + 0.01 * (arm != "padding"))
     group = sweep.group("best_fit")
     assert (group.delta, group.interval, group.detectable) == (pytest.approx(0.01), None, None)
-    assert "+1.0 points in every one of 3 seeds, without scatter" in sweep.report().verdict
+    assert "every seed gave the same, so no interval, `best_fit` +1.0" in sweep.report().verdict
 
 
 def one_seed(make: Make, tasks: dict[str, tuple[list[float], list[float]]]) -> Sweep:
@@ -279,7 +293,7 @@ def test_an_interval_over_items_passes_for_one_over_seeds(make: Make) -> None:
     text = shown(one_seed(make, {"copy": items, "swap": items}).report(), 200)
     assert "([+23.6, +36.4])" in text
     assert "nothing about other seeds, and so nothing about the arm" in " ".join(text.split())
-    assert "points, [+23.6, +36.4] over test items in the one seed both have" in " ".join(text.split())
+    assert "in one seed [of these very models, 95% over test items], `best_fit`" in " ".join(text.split())
 
 
 def test_scores_by_two_protocols_stand_side_by_side_unmarked(make: Make) -> None:
@@ -297,21 +311,10 @@ def test_speedup_has_a_part_that_is_not_printed(make: Make) -> None:
     assert group.speedup.cpu_per_slot is not None
     assert group.slot_ratio is not None
     assert group.speedup.cpu == pytest.approx(group.slot_ratio * group.speedup.cpu_per_slot)
-    flat = " ".join(shown(make().report()).split())
-    assert "of these a step 160 165" in flat
-    assert "fewer slots baseline 1.94x less CPU time a slot baseline 1.53x" in flat
-    assert (
-        "1.94x by fewer slots, 1.53x by time a slot (20 steps of 165 slots); `padding` took 40 steps of 160"
-        in flat
-    )
-
-
-def test_fewer_slots_are_not_given_as_the_reason(make: Make) -> None:
-    sweep = make()
-    for cell in sweep.plan.cells:
-        fast = cell.labels["arm"] != "padding"
-        sweep.trained(cell, cpu_s=11.0 if fast else 20.0, wall_s=20.0, slots=3200 if fast else 6400)
-    assert "Time follows slots: a slot took as long as in `padding`, within 10%" in sweep.report().verdict
+    cost = column(make().report(), "cost of training", everything=True)
+    assert cost["slots\na step"] == ["160", "165"]
+    assert cost["fewer\nslots"] == ["baseline", "1.94x"]
+    assert cost["less CPU\ntime a slot"] == ["baseline", "1.53x"]
 
 
 def test_speedup_divides_seeds_only_one_arm_has(make: Make) -> None:
@@ -325,28 +328,7 @@ def test_speedup_divides_seeds_only_one_arm_has(make: Make) -> None:
     assert sweep.group("best_fit").slot_ratio == pytest.approx(6400 / 3300)
 
 
-# Verdict -----------------------------------------------------------------------------------------------
-
 NOISE = {1: 0.02, 2: -0.03, 3: 0.02}
-
-
-def test_an_interval_over_zero_is_called_the_same(make: Make) -> None:
-    sweep = make(scores=lambda arm, seed: 0.5 + (NOISE[seed] if arm == "best_fit" else 0))
-    verdict, group = sweep.report().verdict, sweep.group("best_fit")
-    assert group.detectable is not None
-    assert "no difference shown for `best_fit` [" in verdict
-    assert "interval covers 0" in verdict
-    effect = f"{100 * group.detectable:.1f} points"
-    assert f"this sweep would have seen a true one of {effect} 4 times in 5" in verdict
-    assert "the same" not in verdict.replace("the same test items", "")
-
-
-def test_a_difference_goes_without_its_interval(make: Make) -> None:
-    verdict = (
-        make(scores=lambda arm, seed: 0.5 + (0.1 + NOISE[seed] / 10 if arm == "best_fit" else 0)).report().verdict
-    )
-    assert re.search(r"`best_fit` difference \+10\.\d points \[\+9\.\d, \+10\.\d\]", verdict)
-    assert "no difference shown" not in verdict
 
 
 def test_a_bound_near_zero_is_rounded_onto_it() -> None:
@@ -354,47 +336,11 @@ def test_a_bound_near_zero_is_rounded_onto_it() -> None:
     assert words.interval((-0.04, 0.0)) == "[-4.0, 0.0]"
 
 
-def test_fewer_steps_go_unmentioned(make: Make) -> None:
-    assert "Optimizer steps differ (`padding` 40, `best_fit` 20)" in make().report().verdict
-
-
-def test_a_toy_passes_for_a_finding(make: Make) -> None:
-    verdict = make().report().verdict
-    assert "Toy model on synthetic data" in verdict
-    assert "random weights" in verdict
-
-
-def test_a_sweep_without_tasks_claims_something_of_quality(make: Make) -> None:
+def test_a_sweep_without_tasks_has_no_table_of_its_losses(make: Make) -> None:
     report = make(SWEEP.replace("[copy, swap]", "[]")).report()
     assert {row.state for row in report.rows} == {"done"}
     assert {row.average for row in report.rows} == {None}
-    assert "Nothing is evaluated" in report.verdict
     assert "validation loss" in shown(report)
-
-
-def test_real_data_is_called_synthetic(make: Make) -> None:
-    assert "ynthetic" not in make(SWEEP.replace("source: tiny", "source: chats.jsonl")).report().verdict
-
-
-def test_speed_within_the_spread_of_seeds_is_claimed(make: Make) -> None:
-    sweep = make()
-    for cell in sweep.plan.cells:
-        seed = int(cell.labels["seed"])
-        sweep.trained(cell, cpu_s=30.0 + (seed - 2 if cell.labels["arm"] == "padding" else 0))
-    assert "no arm is clearly faster than `padding`" in sweep.report().verdict
-
-
-def test_times_of_unlike_machines_are_compared(make: Make) -> None:
-    sweep = make()
-    sweep.trained(sweep.cell(arm="best_fit", seed="1"), threads=8)
-    assert "their times are not compared" in sweep.report().verdict
-
-
-def test_the_baseline_is_beaten_by_a_slower_arm(make: Make) -> None:
-    sweep = make()
-    for cell in sweep.plan.cells:
-        sweep.trained(cell, cpu_s=10.0 if cell.labels["arm"] == "padding" else 20.0)
-    assert "`padding` itself was fastest" in sweep.report().verdict
 
 
 # Formats -----------------------------------------------------------------------------------------------
@@ -407,8 +353,9 @@ def test_labels_with_brackets_vanish_or_crash(make: Make) -> None:
     table, markdown = shown(report), render.markdown(report)
     assert all(label in table for label in ("[x]", "[/y]", "a|b"))
     assert all(label in markdown for label in ("[x]", "[/y]", "a\\|b"))
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
+    for table_ in markdown.split("\n## ")[1:]:
+        lines = [line for line in table_.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "[x]" in render.csv_text(report)
 
 
@@ -419,10 +366,10 @@ def test_case_49_a_partial_run_passes_for_a_full_one(make: Make) -> None:
     report = sweep.report()
     assert report.rows[0].eval["swap"].partial
     assert not report.rows[0].eval["copy"].partial
-    assert "swap acc, % (20/100)" in shown(report)
-    assert "swap acc, % (20/100)" in render.markdown(report)
+    assert "swap\nacc\n(20/100)" in column(report, "scores")
+    assert "swap acc (20/100)" in render.markdown(report)
     assert "`swap` n=20 of 100" in report.verdict
-    assert "average, % (partial)" in shown(report)
+    assert "average\n(partial)" in column(report, "scores")
     assert "partial" not in shown(make().report())
 
 
@@ -451,10 +398,10 @@ def test_case_49_rows_that_could_not_be_scored_make_a_score_that_is_averaged_or_
     for cell in sweep.plan.cells:
         if cell.labels["arm"] == "best_fit":
             sweep.scored(cell, "swap", 0.99, n=99, left_out=left_out)
-    table = shown(sweep.report())
-    assert "99.0" not in table
-    assert re.search(r"99/100", table)
-    assert re.search(r"average, % +\S.* partial", table)
+    assert "99.0" not in shown(sweep.report())
+    scores = column(sweep.report(), "scores")
+    assert scores["swap\nacc"][1] == "partial\n99/100"
+    assert scores["average"][1] == "partial"
 
 
 def test_formats_disagree_on_a_number(make: Make) -> None:
@@ -488,8 +435,9 @@ def test_a_number_is_cut_off_at_110_columns(make: Make) -> None:
     table = shown(report)
     assert "…" not in table
     assert max(len(line) for line in table.splitlines()) <= 110
-    (line,) = [line for line in table.splitlines() if tasks[0] in line]
-    assert line.count("±") == 5
+    assert all(task in table for task in tasks)
+    # Each task, the average and the validation loss of five arms; and the legend.
+    assert table.count("±") == 5 * (len(tasks) + 2) + 1
 
 
 def test_a_control_character_reaches_the_terminal(make: Make) -> None:
@@ -498,3 +446,181 @@ def test_a_control_character_reaches_the_terminal(make: Make) -> None:
     sweep.store.manifest_file("train", cell.train).unlink()
     sweep.fail("train", cell.train, "red \x1b[31m text")
     assert "\x1b" not in shown(sweep.report())
+
+
+# Damage ------------------------------------------------------------------------------------------------
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"0", b"9", 1))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.json", "items.json"])
+def test_a_damaged_file_is_averaged_over_or_ends_the_report(make: Make, name: str) -> None:
+    sweep = make(scores=lambda arm, seed: 0.5 + seed / 100)
+    for cell in sweep.plan.cells:
+        for id_ in cell.evals.values():
+            write_json(sweep.store.items(id_), [0.0, 1.0] * 50)
+            write_json(sweep.store.results(id_), {"results": {}, "of": "lm-eval", "more": "x" * 80})
+    lost = sweep.cell(arm="best_fit", seed="2").evals["swap"]
+    sweep.finish_with_files(lost)
+    torn(sweep.store.directory("eval", lost) / name)
+    report = sweep.report()
+    (row,) = [row for row in report.rows if row.damaged]
+    assert row.labels == {"arm": "best_fit", "seed": "2"}
+    assert str(sweep.store.directory("eval", lost) / name) in row.damaged[0]
+    assert report.damaged() == list(row.damaged)
+    assert (row.state, row.tasks["swap"], row.average, set(row.eval)) == ("failed", "failed", None, {"copy"})
+    assert sweep.group("best_fit").eval["swap"].n_seeds == 2
+    assert sweep.group("best_fit").n_seeds == 2
+    assert f"{lost}/{name}" in shown(report, 400)
+
+
+def test_results_that_were_changed_by_hand_stay_in_the_table(make: Make) -> None:
+    sweep = make()
+    lost = sweep.cell(arm="best_fit", seed="2").evals["swap"]
+    write_json(sweep.store.results(lost), {"acc": 0.50})
+    sweep.finish_with_files(lost)
+    assert not sweep.report().damaged()
+    changed(sweep.store.results(lost))
+    assert "its bytes changed" in sweep.report().damaged()[0]
+
+
+def test_a_manifest_without_what_a_report_needs_is_a_traceback(make: Make) -> None:
+    sweep = make()
+    cell = sweep.cell(arm="best_fit", seed="2")
+    sweep.finish("eval", cell.evals["swap"], {"task": "swap", "score": "high"})
+    sweep.finish("index", cell.index, {})
+    sweep.finish("train", cell.train, {"steps": "many"})
+    (row,) = [row for row in sweep.report().rows if row.damaged]
+    assert len(row.damaged) == 3
+    assert (row.train, row.ledger, row.average, row.train_state) == (None, None, None, "failed")
+
+
+# Colours, bold and LaTeX -------------------------------------------------------------------------------
+
+
+def styles(report: Report) -> dict[str, str]:
+    """Of each text in the terminal that has a colour or is bold: how it is shown."""
+    console = Console(width=200, file=io.StringIO(), force_terminal=True, color_system="standard")
+    lines = console.render_lines(render.table(report), pad=False)
+    return {part.text.strip(): str(part.style) for line in lines for part in line if part.style}
+
+
+def test_a_difference_within_its_interval_is_bold(make: Make) -> None:
+    def report(gain: float) -> Report:
+        noise = {1: 0.01, 2: -0.01, 3: 0.005}
+        return make(scores=lambda arm, seed: 0.5 + (gain + noise[seed] if arm == "best_fit" else 0)).report()
+
+    for gain, style in ((0.2, "bold green"), (-0.2, "bold red"), (0.001, "green")):
+        found = report(gain)
+        shown_ = words.points(found.groups[1].delta or 0.0)
+        assert styles(found)[shown_] == style
+        assert (f"**{shown_}**" in render.markdown(found)) == ("bold" in style)
+        number = shown_.replace("-", "$-$")
+        assert (rf"\textbf{{{number}}}" in render.latex_text(found)) == ("bold" in style)
+
+
+def test_a_setting_or_a_seed_becomes_a_row_among_arms(make: Make) -> None:
+    text = SWEEP.replace("  seed:", "  train.lr: [1e-3, 2e-3]\n  seed:")
+    (scores, *_) = sheets.sheets(make(text).report())
+    assert [setting for setting, _ in scores.blocks] == ["train.lr=1e-3", "train.lr=2e-3"]
+    assert [[row[0].text for row in rows] for _, rows in scores.blocks] == [["padding", "best_fit"]] * 2
+
+
+def test_health_is_shown_unasked_or_not_when_asked(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        rate = 0.25 if cell.labels["seed"] == "1" else 0.0
+        sweep.scored(cell, "swap", 0.5, health={"no_answer": rate, "mean_tokens": 12.0})
+    report = sweep.report()
+    assert "no_answer" not in shown(report)
+    health = column(report, "health", everything=True)
+    assert health["swap\nno_answer, %"] == ["8.3", "8.3"]
+    assert health["swap\nmean_tokens"] == ["12", "12"]
+
+
+HOSTILE = ["'[x]'", "'*y'", "'50% & \\up_{a}'", "'~^#$<|>'", "'a`b'"]
+
+
+def test_latex_takes_a_label_for_a_command(make: Make) -> None:
+    names = ", ".join(HOSTILE)
+    arms = ", ".join(f"{name}: {{extends: best_fit}}" for name in HOSTILE)
+    text = SWEEP.replace("best_fit]", f"{names}]") + f"arms: {{{arms}}}\n"
+    source = render.latex_text(make(text).report())
+    for line in source.splitlines():
+        if line.endswith(r"\\"):
+            assert not line.startswith(("[", "*")), "would be read as options of the row before"
+    assert latex_problems(source) == []
+    for tabular in re.findall(r"\\begin\{tabular\}\{(l r*)\}(.*?)\\end", source.replace("{lr", "{l r"), re.S):
+        cells = {len(re.findall(r"(?<!\\)&", line)) for line in tabular[1].splitlines() if "&" in line}
+        assert cells == {len(tabular[0]) - 2}
+
+
+def latex_problems(source: str) -> list[str]:
+    """What would stop LaTeX: signs that mean something and are not escaped, groups that do not close."""
+    body = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+    plain = re.sub(r"\\[\\{}$&#_%]", "", body)
+    found = [sign for sign in "#_^~" if sign in plain]
+    depth = 0
+    for sign in plain:
+        depth += (sign == "{") - (sign == "}")
+        if depth < 0:
+            found.append("}")
+            break
+    ends = sorted(re.findall(r"\\end\{(\w+)\}", body))
+    return (
+        found
+        + ["group"] * (depth != 0)
+        + ["$"] * (plain.count("$") % 2)
+        + ["environment" for _ in [0] if sorted(re.findall(r"\\begin\{(\w+)\}", body)) != ends]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
+def test_latex_does_not_compile(make: Make, tmp_path: Path) -> None:
+    names = ", ".join(HOSTILE)
+    arms = ", ".join(f"{name}: {{extends: best_fit}}" for name in HOSTILE)
+    text = SWEEP.replace("best_fit]", f"{names}]") + f"arms: {{{arms}}}\n"
+    (tmp_path / "report.tex").write_text(render.latex_text(make(text).report()))
+    main = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{report}\end{document}"
+    (tmp_path / "main.tex").write_text(main)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "main.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+# The command -------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_ends_strict_as_if_all_were_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--strict` prints the table all the same, names the file, and exits 4; without it the exit status is 0."""
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text(SWEEP.replace("[copy, swap]", "[tiny_copy]"))
+    store = Store(Path("runs"))
+    made = stages.make_plan(sweepfile.load(Path("sweep.yaml")), store)
+    damaged = store.manifest_file("eval", made.cells[0].evals["tiny_copy"])
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"stage": "ev')
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["packcli", "report", "sweep.yaml", *flags])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    code, out, err = run()
+    assert code == 0
+    assert str(damaged) in "".join(out.split())
+    code, out, err = run("--strict", "--json")
+    assert code == 4
+    assert orjson.loads(out)["rows"][0]["damaged"]
+    assert err.startswith(f"error: {damaged}: not a manifest\n\nhint: ")
+    assert run("--strict", "--against", "paper", "--format", "latex")[0] == 4

@@ -79,6 +79,7 @@ def test_a_cut_down_tiny_sweep_runs_from_nothing_to_the_table(uninterrupted: Pat
     for row in report["rows"]:
         assert row["train"]["steps"] > 0
         assert row["train"]["validation_loss"] > 0
+        assert row["physics"] == []
         assert row["average"] is not None
         assert {score["n"] for score in row["eval"].values()} == {10}
     slots = {row["labels"]["arm"]: row["train"]["efficiency"] for row in report["rows"]}

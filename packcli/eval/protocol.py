@@ -153,6 +153,7 @@ def averaged(tasks: Iterable[str]) -> tuple[str, ...]:
     return tuple(task for task in found if task not in JUDGED) or tuple(found)
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """All tasks: embedded ones, their tuning variants, benchmarks, generated ones, LongBench, judged, probes."""
     files = sorted(entry.name.removesuffix(".yaml") for entry in _TASKS.iterdir() if entry.name.endswith(".yaml"))

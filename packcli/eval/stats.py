@@ -15,10 +15,12 @@ POWER = 0.80
 class Difference:
     """`b - a` over `n` pairs, in the unit of the values.
 
-    `low` and `high` bound the mean difference with 95% confidence (Student's t, n - 1 degrees of freedom).
+    `low` and `high` bound the mean difference with 95% confidence (Student's t, n - 1 degrees of freedom); `p`
+    is the two-sided p-value of the same test, `stderr` the standard error under both.
     `detectable` is the smallest true difference that a design with this many pairs and this much scatter
     finds significant (two-sided, 5%) in 80% of repetitions: an effect below it could not have been seen.
-    All three are None for fewer than two pairs, where the scatter between pairs is unknown.
+    All five are None for fewer than two pairs, where the scatter between pairs is unknown; `p` also without
+    any scatter and any difference.
     """
 
     mean: float
@@ -26,6 +28,8 @@ class Difference:
     high: float | None
     n: int
     detectable: float | None
+    p: float | None
+    stderr: float | None
 
 
 def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
@@ -55,26 +59,62 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     """
     if len(a) != len(b):
         raise ValueError(f"pairs need two values each, not {len(a)} against {len(b)}")
+    n = len(a)
     mean, stderr = mean_stderr([right - left for left, right in zip(a, b, strict=True)])
     if stderr is None:
-        return Difference(mean, None, None, 1, None)
+        return Difference(mean, None, None, n, None, None, None)
+    margin = _critical(n - 1) * stderr
+    return Difference(mean, mean - margin, mean + margin, n, detectable(stderr, n), _p(mean, stderr, n), stderr)
 
-    from scipy import stats
 
-    critical = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(a) - 1))
-    margin = critical * stderr
-    return Difference(mean, mean - margin, mean + margin, len(a), stderr * _noncentrality(len(a) - 1, critical))
+def detectable(stderr: float, n: int, comparisons: int = 1) -> float:
+    """The smallest true difference found in 80% of repetitions, from `n` pairs that gave this standard error.
+
+    Found: two-sided, 5% over all `comparisons`, each tested at its share as in Bonferroni's correction, which is
+    the first step of Holm's.
+    """
+    return stderr * _noncentrality(n - 1, _critical(n - 1, comparisons))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted so that, over all of them, 5% of families hold one wrong claim below 0.05 at most.
+
+    Holm's step-down procedure: valid however the tests depend on each other. Source: Holm, "A simple
+    sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
+    """
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[number]))
+        adjusted[number] = least
+    return adjusted
+
+
+def _p(mean: float, stderr: float, n: int) -> float | None:
+    from scipy import special
+
+    if stderr == 0:
+        return 0.0 if mean else None
+    return 2 * float(special.stdtr(n - 1, -abs(mean) / stderr))
+
+
+@functools.cache
+def _critical(degrees: int, comparisons: int = 1) -> float:
+    """Standard errors on each side that hold 95% of Student's t, or what each of several tests is left of it."""
+    from scipy import special
+
+    # Not `scipy.stats`: importing it takes a second, and every report would.
+    return float(special.stdtrit(degrees, 1 - (1 - CONFIDENCE) / (2 * comparisons)))
 
 
 @functools.cache
 def _noncentrality(degrees: int, critical: float) -> float:
     """The true effect, in standard errors, at which a two-sided t test reaches 80% power."""
-    from scipy import integrate, optimize, stats
+    from scipy import integrate, optimize, special
 
     def power(effect: float, quantile: float) -> float:
         # Given the scatter s / sigma that came out, the test is one on a normal variable.
-        scatter = math.sqrt(stats.chi2.ppf(quantile, degrees) / degrees)
-        return float(stats.norm.sf(critical * scatter - effect) + stats.norm.cdf(-critical * scatter - effect))
+        scatter = math.sqrt(special.chdtri(degrees, 1 - quantile) / degrees)
+        return float(special.ndtr(effect - critical * scatter) + special.ndtr(-critical * scatter - effect))
 
     def shortfall(effect: float) -> float:
         # Not `scipy.stats.nct`: it gives NaN for large effects at one degree of freedom, that is two seeds.

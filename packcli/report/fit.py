@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 _EDGES = 2  # of a table, left and right
+_GAP = 3  # white space on both sides of a column, and between columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +25,31 @@ class Fitted:
     caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        groups = _groups(self.columns, options.max_width - _EDGES)
+        groups = split([width(column) + _GAP for column in self.columns], options.max_width - _EDGES)
         for number, group in enumerate(groups):
             yield _table(
-                [self.columns[0], *group],
+                [self.columns[column] for column in (0, *group)],
                 title=self.title if number == 0 else "",
                 caption=self.caption if number == len(groups) - 1 else "",
             )
 
 
-def _groups(columns: Sequence[tuple[str, Sequence[str]]], width: int) -> list[list[tuple[str, Sequence[str]]]]:
-    first = _width(columns[0])
-    groups: list[list[tuple[str, Sequence[str]]]] = [[]]
-    used = first
-    for column in columns[1:]:
-        if groups[-1] and used + _width(column) > width:
+def split(widths: Sequence[int], available: int) -> list[list[int]]:
+    """Columns 1 and up in as few tables of `available` characters as hold them, column 0 in each."""
+    groups: list[list[int]] = [[]]
+    used = widths[0]
+    for column in range(1, len(widths)):
+        if groups[-1] and used + widths[column] > available:
             groups.append([])
-            used = first
+            used = widths[0]
         groups[-1].append(column)
-        used += _width(column)
+        used += widths[column]
     return groups
 
 
-def _width(column: tuple[str, Sequence[str]]) -> int:
+def width(column: tuple[str, Sequence[str]]) -> int:
     header, cells = column
-    lines = [line for text in (header, *cells) for line in text.split("\n")]
-    return max(map(len, lines)) + 3  # white space on both sides, and between columns
+    return max(len(line) for text in (header, *cells) for line in text.split("\n"))
 
 
 def _table(columns: Sequence[tuple[str, Sequence[str]]], title: str, caption: str) -> Any:

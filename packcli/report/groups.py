@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from packcli.eval import protocol
-from packcli.eval.stats import mean_stderr, paired_difference
+import numpy as np
+from numpy.typing import NDArray
+
+from packcli.eval import protocol, stats
+from packcli.eval.stats import mean_stderr
 from packcli.report.records import (
     Group,
     Interval,
@@ -23,7 +26,7 @@ from packcli.store import State
 
 Key = frozenset[tuple[str, str]]
 Pairs = list[tuple[Row, Row]]
-Credits = Callable[[Row, str], Sequence[float | None] | None]
+Credits = Callable[[Row, str], Sequence[float | None] | NDArray[np.float64] | None]
 """What each item of a task earned with the model of a row, 0 to 1, in the task's own order; None: not known."""
 
 Z = 1.959964
@@ -33,12 +36,17 @@ _NO_SCATTER = 1e-9
 
 
 def pool(rows: Sequence[Row], baseline: str | None, credits: Credits) -> tuple[Group, ...]:
-    """One group for each set of labels without `seed`, in the order of `rows`."""
+    """One group for each set of labels without `seed`, in the order of `rows`; p-values corrected over all."""
     members: dict[Key, list[Row]] = {}
     for row in rows:
         members.setdefault(_key(row, "seed"), []).append(row)
     partners = {_key(row, "arm"): row for row in rows if row.labels.get("arm") == baseline}
-    return tuple(_group(found, _pairs(found, partners, baseline), credits) for found in members.values())
+    pairs = [_pairs(found, partners, baseline) for found in members.values()]
+    contrasts = _corrected([_contrast(own) for own in pairs])
+    return tuple(
+        _group(found, own, contrast, credits)
+        for found, own, contrast in zip(members.values(), pairs, contrasts, strict=True)
+    )
 
 
 def _key(row: Row, without: str) -> Key:
@@ -52,10 +60,44 @@ def _pairs(rows: list[Row], partners: dict[Key, Row], baseline: str | None) -> P
     return [(partner, row) for row in rows if (partner := partners.get(_key(row, "arm"))) is not None]
 
 
-def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
+@dataclass(frozen=True, slots=True)
+class _Contrast:
+    """Of an arm's average to the baseline's; all but `n` and `delta` are None without scatter to go by."""
+
+    n: int = 0
+    delta: float | None = None
+    interval: Interval | None = None
+    stderr: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    detectable: float | None = None
+
+
+def _contrast(pairs: Pairs) -> _Contrast:
+    both = [(a.average, b.average) for a, b in pairs if a.average is not None and b.average is not None]
+    if not both:
+        return _Contrast()
+    found = stats.paired_difference([a for a, _ in both], [b for _, b in both])
+    if found.low is None or found.high is None or found.high - found.low < _NO_SCATTER:
+        # Seeds that happen to agree to the last item do not make a difference certain.
+        return _Contrast(found.n, found.mean)
+    return _Contrast(found.n, found.mean, (found.low, found.high), found.stderr, found.p)
+
+
+def _corrected(contrasts: list[_Contrast]) -> list[_Contrast]:
+    """Every one that was tested counts as a comparison, whatever its setting: a reader looks at them all."""
+    adjusted = iter(stats.holm(tested := [found.p for found in contrasts if found.p is not None]))
+    return [
+        replace(found, p_holm=next(adjusted), detectable=stats.detectable(found.stderr, found.n, len(tested)))
+        if found.p is not None and found.stderr is not None
+        else found
+        for found in contrasts
+    ]
+
+
+def _group(rows: list[Row], pairs: Pairs, contrast: _Contrast, credits: Credits) -> Group:
     averages = [row.average for row in rows if row.average is not None]
     average, stderr = mean_stderr(averages) if averages else (None, None)
-    delta, interval, detectable, n_pairs = _difference(pairs)
     tasks = dict.fromkeys(task for row in rows for task in row.tasks)
     pooled = {task: score for task in tasks if (score := _task(rows, task)) is not None}
     differences = _by_item(pairs, credits)
@@ -65,12 +107,14 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
         n_seeds=len(averages),
         average=average,
         stderr=stderr,
-        delta=delta,
-        interval=interval,
+        delta=contrast.delta,
+        interval=contrast.interval,
         n_cells=len(rows),
-        n_pairs=n_pairs,
+        n_pairs=contrast.n,
         stderr_items=_of_average([pooled[task] for task in averaged if task in pooled]) if averages else None,
-        detectable=detectable,
+        detectable=contrast.detectable,
+        p=contrast.p,
+        p_holm=contrast.p_holm,
         states=_count([row.state for row in rows]),
         train_states=_count([row.train_state for row in rows]),
         task_states={task: _count([row.tasks[task] for row in rows if task in row.tasks]) for task in tasks},
@@ -88,18 +132,6 @@ def _group(rows: list[Row], pairs: Pairs, credits: Credits) -> Group:
 
 def _count(states: list[State]) -> dict[State, int]:
     return dict(Counter(states))
-
-
-def _difference(pairs: Pairs) -> tuple[float | None, Interval | None, float | None, int]:
-    """Mean difference of the averages, its interval, the detectable effect, and the number of pairs."""
-    both = [(a.average, b.average) for a, b in pairs if a.average is not None and b.average is not None]
-    if not both:
-        return None, None, None, 0
-    found = paired_difference([a for a, _ in both], [b for _, b in both])
-    if found.low is None or found.high is None or found.high - found.low < _NO_SCATTER:
-        # Seeds that happen to agree to the last item do not make a difference certain.
-        return found.mean, None, None, found.n
-    return found.mean, (found.low, found.high), found.detectable, found.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +161,18 @@ def _by_item(pairs: Pairs, credits: Credits) -> dict[str, _Items]:
         ]
         earned = [(credits(a, task), credits(b, task)) for a, b in scored]
         differences = [
-            [None if base is None or own is None else own - base for base, own in zip(a, b, strict=True)]
+            np.asarray(b, float) - np.asarray(a, float)  # NaN: no verdict
             for a, b in earned
-            if a is not None and b is not None
+            if a is not None and b is not None and len(a) == len(b)
         ]
         if not differences or len({len(items) for items in differences}) > 1:
             continue
         # An item without a verdict for one of the models is left out for all: the others stay paired.
-        items = [_mean(seeds) for seeds in zip(*differences, strict=True) if None not in seeds]
-        mean, stderr = mean_stderr([item for item in items if item is not None])
-        if stderr is not None:
-            found[task] = _Items(mean, stderr, len(items), len(differences))
+        items = np.mean(differences, axis=0)
+        items = items[~np.isnan(items)]
+        if len(items) > 1:
+            stderr = float(items.std(ddof=1)) / math.sqrt(len(items))
+            found[task] = _Items(float(items.mean()), stderr, len(items), len(differences))
     return found
 
 

@@ -12,7 +12,8 @@ Interval = tuple[float, float]
 
 
 class Train(Spec):
-    """A finished training. `tokens`, `slots`, `supervised` are of the whole run; `efficiency` is the ledger's.
+    """A finished training. `tokens`, `slots`, `supervised` and `documents` (that start in its rows) are of the
+    whole run; `efficiency` is the ledger's.
 
     `mfu` is null where the peak of the device is unknown, as on CPUs.
     """
@@ -29,6 +30,7 @@ class Train(Spec):
     tokens: int | None
     slots: int | None
     supervised: int | None
+    documents: int | None
     random_weights: bool
     device: str | None
     processes: int | None
@@ -96,7 +98,9 @@ class Row(Spec):
     """One cell. `average` is the unweighted mean over its benchmarks, null when one is missing or left out rows.
 
     `tasks`: the state of each task, `failed` also where a stage before it failed. `ledger`: one epoch, in the
-    words of `packcli prepare`. `ids`: the stage directories that hold all this.
+    words of `packcli prepare`. `ids`: the stage directories that hold all this. `physics`: what of the finished
+    training cannot be true (`report/physics.py`); empty where nothing was found. `damaged`: what is wrong with
+    files that results were to be read from; such a stage counts as failed.
     """
 
     labels: dict[str, str]
@@ -111,6 +115,8 @@ class Row(Spec):
     failures: tuple[Failure, ...]
     ledger: dict[str, int | float] | None
     probes: Probed | None
+    physics: tuple[str, ...]
+    damaged: tuple[str, ...]
 
 
 class TrainMeans(Spec):
@@ -132,6 +138,7 @@ class TrainMeans(Spec):
     validation_loss_stderr: float | None
     tokens: float | None
     slots: float | None
+    documents: float | None
     device: str | None
 
 
@@ -172,11 +179,12 @@ class Group(Spec):
 
     `n_seeds` of its `n_cells` have an average: `average` and `stderr` are over those. `delta` is the mean
     difference to the baseline arm over the `n_pairs` seeds both have; null without any, and for the baseline
-    itself. `interval` (95%, Student's t) and `detectable` (the smallest effect such a sweep finds in 80% of
-    repetitions) are null for fewer than two pairs, and where the pairs do not scatter at all. `items`: the
-    difference of each task over its test items; `average_items`: of their unweighted mean. `left_out`: by task,
-    "n/N" of the scores that stand in no mean, because the machine could not score all rows. `probes`: of each
-    seed that has them.
+    itself. `interval` (95%, Student's t) is of this difference alone, and `p` its p-value; `p_holm` is corrected
+    over all differences of the report (Holm), and `detectable` the smallest effect that such a report finds in 80%
+    of repetitions, corrected as Holm's first step is. All four are null for fewer than two pairs, and where the
+    pairs do not scatter at all. `items`: the difference of each task over its test items; `average_items`: of
+    their unweighted mean. `left_out`: by task, "n/N" of the scores that stand in no mean, because the machine
+    could not score all rows. `probes`: of each seed that has them.
     """
 
     labels: dict[str, str]
@@ -189,6 +197,8 @@ class Group(Spec):
     n_pairs: int
     stderr_items: float | None
     detectable: float | None
+    p: float | None
+    p_holm: float | None
     states: dict[State, int]
     train_states: dict[State, int]
     task_states: dict[str, dict[State, int]]
@@ -222,6 +232,10 @@ class Report(Spec):
     def settings(self) -> list[tuple[dict[str, str], list[Group]]]:
         """Groups by setting, both in the order of the sweep."""
         return by_setting(self.groups)
+
+    def damaged(self) -> list[str]:
+        """What is wrong with damaged files, each said once."""
+        return list(dict.fromkeys(one for row in self.rows for one in row.damaged))
 
 
 def by_setting(groups: tuple[Group, ...]) -> list[tuple[dict[str, str], list[Group]]]:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from packcli.errors import IntegrityError
 from packcli.eval import protocol
 from packcli.files import read_json
 from packcli.plan import Cell, Kind, Plan
-from packcli.report import groups, probed, verdict
-from packcli.report.records import Failure, Probed, Report, Row, Score, Train
-from packcli.store import State, Store
+from packcli.report import groups, physics, probed, verdict
+from packcli.report.records import Failure, Report, Row, Score, Train
+from packcli.store import Manifest, State, Store
+
+T = TypeVar("T")
+Stage = tuple[Kind, str]
+
+_EARNED = {float, int, type(None)}
 
 
 def collect(plan: Plan, store: Store) -> Report:
     """Every cell of the sweep as it stands on disk, pooled over seeds, with a verdict.
 
-    Raises:
-        IntegrityError: a manifest is damaged.
+    A stage with a damaged file counts as failed, and the row names the file.
     """
-    rows = tuple(_row(cell, plan, store) for cell in plan.cells)
-    pooled = groups.pool(rows, plan.baseline, lambda row, task: _credits(row, task, store))
+    rows = tuple(_row(cell, _Stages(cell, plan, store)) for cell in plan.cells)
+    items = _Items(store)
+    pooled = groups.pool(rows, plan.baseline, items)
+    if items.damaged:
+        rows = tuple(_without(row, items.damaged) for row in rows)
+        pooled = groups.pool(rows, plan.baseline, items)
     return Report(
         sweep=plan.name,
         baseline=plan.baseline,
@@ -31,47 +46,126 @@ def collect(plan: Plan, store: Store) -> Report:
     )
 
 
-def _row(cell: Cell, plan: Plan, store: Store) -> Row:
-    states = _States(plan, store)
-    train_state = states.of("train", cell.train)
-    tasks = {task: states.of("eval", id_) for task, id_ in cell.evals.items()}
-    ledger = _ledger(cell, store)
-    scores = {task: score for task, id_ in cell.evals.items() if (score := _score(id_, plan, store)) is not None}
-    averaged = protocol.averaged(cell.evals)
-    found = [scores[task].score for task in averaged if task in scores and not scores[task].left_out]
+def _row(cell: Cell, stages: _Stages) -> Row:
+    ledger = stages.held("index", cell.index, lambda manifest: dict(manifest.results["ledger"]))
+    train = stages.held("train", cell.train, lambda manifest: _train(manifest, ledger))
+    wrong = stages.held("train", cell.train, lambda found: stages.physics(found, ledger)) if train else None
+    found = {task: stages.held("eval", id_, stages.score) for task, id_ in cell.evals.items()}
+    scores = {task: score for task, score in found.items() if score is not None}
+    probes = cell.evals.get(protocol.PROBES)
+    train_state = stages.state("train", cell.train)
+    tasks = {task: stages.state("eval", id_) for task, id_ in cell.evals.items()}
     return Row(
         labels=cell.labels,
         state=_overall([train_state, *tasks.values()]),
-        train=_train(cell, store, ledger),
+        train=train,
         eval=scores,
-        average=math.fsum(found) / len(found) if found and len(found) == len(averaged) else None,
+        average=_average(cell.evals, scores),
         cell=cell.id,
         ids={"tokens": cell.tokens, "index": cell.index, "train": cell.train}
         | {f"eval {task}": id_ for task, id_ in cell.evals.items()},
         train_state=train_state,
         tasks=tasks,
-        failures=(*states.failures.values(), *_left_out(cell, store)),
+        failures=(*stages.failures.values(), *stages.left_out()),
         ledger=ledger,
-        probes=_probes(cell, store),
+        probes=stages.held("eval", probes, lambda own: probed.summary(own.results["probes"])) if probes else None,
+        physics=wrong or (),
+        damaged=tuple(stages.damaged.values()),
     )
 
 
-class _States:
-    """States of the stages of one cell; `failures` fills with those met that failed, each once."""
+def _average(tasks: Iterable[str], scores: Mapping[str, Score]) -> float | None:
+    averaged = protocol.averaged(tasks)
+    found = [scores[task].score for task in averaged if task in scores and not scores[task].left_out]
+    return math.fsum(found) / len(found) if found and len(found) == len(averaged) else None
 
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self._plan, self._store = plan, store
-        self.failures: dict[tuple[Kind, str], Failure] = {}
 
-    def of(self, kind: Kind, id_: str) -> State:
+class _Stages:
+    """The stages of one cell, each manifest read once.
+
+    `failures` fills with those met that failed, each once; `damaged` with what is wrong with a file, by stage.
+    """
+
+    def __init__(self, cell: Cell, plan: Plan, store: Store) -> None:
+        self._cell, self._plan, self._store = cell, plan, store
+        self._found: dict[Stage, Manifest | None] = {}
+        self.failures: dict[Stage, Failure] = {}
+        self.damaged: dict[Stage, str] = {}
+
+    def held(self, kind: Kind, id_: str, read: Callable[[Manifest], T]) -> T | None:
+        """What `read` finds in the manifest of a finished stage; None where there is none, or it is damaged."""
+        manifest = self._manifest(kind, id_)
+        if manifest is None:
+            return None
+        try:
+            return read(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            path = self._store.manifest_file(kind, id_)
+            self._damage(kind, id_, IntegrityError(f"{path}: its results cannot be read", _again(path.parent)))
+            return None
+
+    def _manifest(self, kind: Kind, id_: str) -> Manifest | None:
+        if (kind, id_) not in self._found:
+            self._found[kind, id_] = None
+            try:
+                found = self._found[kind, id_] = self._store.manifest(kind, id_)
+                if found is not None and kind == "eval":
+                    _check(self._store.results(id_), found)
+            except IntegrityError as error:
+                self._damage(kind, id_, error)
+        return self._found[kind, id_]
+
+    def _damage(self, kind: Kind, id_: str, error: IntegrityError) -> None:
+        self._found[kind, id_] = None
+        self.damaged[kind, id_] = error.cause
+        stage = _stage(kind, id_, self._plan)
+        self.failures[kind, id_] = Failure(stage=stage, cause=error.cause, fix=error.fix or "")
+
+    def state(self, kind: Kind, id_: str) -> State:
         """As on disk, but a stage that waits for a failed one failed too, and for a running one runs."""
-        state = self._store.state(kind, id_)
+        if (kind, id_) in self.damaged:
+            return "failed"
+        state = "done" if self._found.get((kind, id_)) else self._store.state(kind, id_)
         if state == "failed":
             self.failures[kind, id_] = _failure(kind, id_, self._plan, self._store)
         if state != "pending":
             return state
-        before = {self.of(*upstream) for upstream in self._plan.inputs(kind, id_)}
+        before = {self.state(*upstream) for upstream in self._plan.inputs(kind, id_)}
         return "failed" if "failed" in before else "running" if "running" in before else "pending"
+
+    def score(self, manifest: Manifest) -> Score | None:
+        """None of probes, which have none."""
+        if "score" not in manifest.results:
+            return None
+        return _score(manifest.results, self._plan.evals[manifest.id].protocol)
+
+    def physics(self, manifest: Manifest, ledger: Mapping[str, float] | None) -> tuple[str, ...]:
+        return physics.check(self._plan.trains[self._cell.train], manifest.results, ledger)
+
+    def left_out(self) -> Iterator[Failure]:
+        """Why tasks that were scored were not scored on all their rows."""
+        for task, id_ in self._cell.evals.items():
+            manifest = self._manifest("eval", id_)
+            if manifest is not None and (found := manifest.results.get("left_out")):
+                counts = f"{manifest.results['n']:,} of {manifest.results['n_total']:,} items"
+                yield Failure(stage=f"eval {task}", cause=f"{counts} scored: {found['reason']}", fix=found["fix"])
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """Raise `IntegrityError` unless a small file of a stage is as its manifest says."""
+    record = manifest.outputs.get(path.name)
+    if record is None:
+        return
+    try:
+        whole = hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror or 'cannot be read'}", _again(path.parent)) from None
+    if not whole:
+        raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", _again(path.parent))
+
+
+def _again(directory: Path) -> str:
+    return f"delete {directory} and run again"
 
 
 def _overall(states: list[State]) -> State:
@@ -82,14 +176,18 @@ def _overall(states: list[State]) -> State:
     return "done" if set(states) == {"done"} else "pending"
 
 
-def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
+def _stage(kind: Kind, id_: str, plan: Plan) -> str:
     match kind:
         case "tokens" | "index":
-            stage = "prepare"
+            return "prepare"
         case "train":
-            stage = "train of the base model" if id_ in plan.shared else "train"
+            return "train of the base model" if id_ in plan.shared else "train"
         case "eval":
-            stage = f"eval {plan.evals[id_].task}"
+            return f"eval {plan.evals[id_].task}"
+
+
+def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
+    stage = _stage(kind, id_, plan)
     try:
         found = read_json(store.failure_file(kind, id_))
         return Failure(stage=stage, cause=str(found["cause"]), fix=str(found.get("fix") or ""))
@@ -97,24 +195,7 @@ def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
         return Failure(stage=stage, cause="its failure.json cannot be read", fix="")
 
 
-def _left_out(cell: Cell, store: Store) -> Iterator[Failure]:
-    """Why tasks that were scored were not scored on all their rows."""
-    for task, id_ in cell.evals.items():
-        manifest = store.manifest("eval", id_)
-        if manifest is not None and (found := manifest.results.get("left_out")):
-            counts = f"{manifest.results['n']:,} of {manifest.results['n_total']:,} items"
-            yield Failure(stage=f"eval {task}", cause=f"{counts} scored: {found['reason']}", fix=found["fix"])
-
-
-def _ledger(cell: Cell, store: Store) -> dict[str, int | float] | None:
-    manifest = store.manifest("index", cell.index)
-    return dict(manifest.results["ledger"]) if manifest else None
-
-
-def _train(cell: Cell, store: Store, ledger: dict[str, int | float] | None) -> Train | None:
-    manifest = store.manifest("train", cell.train)
-    if manifest is None:
-        return None
+def _train(manifest: Manifest, ledger: Mapping[str, float] | None) -> Train:
     results = manifest.results
     efficiency = ledger.get("efficiency") if ledger else None
     if efficiency is None and results.get("slots"):
@@ -125,11 +206,7 @@ def _train(cell: Cell, store: Store, ledger: dict[str, int | float] | None) -> T
     return Train(**found, efficiency=efficiency, random_weights=bool(results.get("random_weights")))
 
 
-def _score(id_: str, plan: Plan, store: Store) -> Score | None:
-    manifest = store.manifest("eval", id_)
-    if manifest is None or "score" not in manifest.results:  # probes have none
-        return None
-    results: dict[str, Any] = manifest.results
+def _score(results: Mapping[str, Any], protocol_: str) -> Score:
     n, n_total = int(results["n"]), int(results.get("n_total") or results["n"])
     stderr = results.get("stderr")
     return Score(
@@ -142,13 +219,8 @@ def _score(id_: str, plan: Plan, store: Store) -> Score | None:
         left_out=bool(results.get("left_out")),
         version=results.get("version"),
         health=results.get("health") or {},
-        protocol=plan.evals[id_].protocol,
+        protocol=protocol_,
     )
-
-
-def _probes(cell: Cell, store: Store) -> Probed | None:
-    found = probes_of(cell.evals, store)
-    return probed.summary(found) if found else None
 
 
 def probes_of(evals: Mapping[str, str], store: Store) -> dict[str, Any] | None:
@@ -158,10 +230,48 @@ def probes_of(evals: Mapping[str, str], store: Store) -> dict[str, Any] | None:
     return manifest.results["probes"] if manifest else None
 
 
-def _credits(row: Row, task: str, store: Store) -> list[float | None] | None:
-    """What each item of a task earned; None where it was scored before that was kept."""
-    try:
-        found: list[float | None] = read_json(store.items(row.ids[f"eval {task}"]))
-    except FileNotFoundError:
+class _Items:
+    """What each item of a task earned, [items] float64; None where it was scored before that was kept.
+
+    `damaged`: by eval id.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.damaged: dict[str, Failure] = {}
+        # The baseline's are wanted by every other arm of its setting.
+        self._read = lru_cache(maxsize=256)(self._from_disk)
+
+    def __call__(self, row: Row, task: str) -> NDArray[np.float64] | None:
+        return self._read(row.ids[f"eval {task}"], task)
+
+    def _from_disk(self, id_: str, task: str) -> NDArray[np.float64] | None:
+        path = self._store.items(id_)
+        try:
+            found = read_json(path)
+            if isinstance(found, list) and set(map(type, found)) <= _EARNED:
+                return np.array(found, float)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            pass
+        cause = f"{path}: not a list of what each item earned"
+        self.damaged[id_] = Failure(stage=f"eval {task}", cause=cause, fix=_again(path.parent))
         return None
-    return found
+
+
+def _without(row: Row, damaged: Mapping[str, Failure]) -> Row:
+    """The row without scores whose items are damaged."""
+    lost = {task: damaged[id_] for task in row.eval if (id_ := row.ids[f"eval {task}"]) in damaged}
+    if not lost:
+        return row
+    scores = {task: score for task, score in row.eval.items() if task not in lost}
+    change = {
+        "eval": scores,
+        "average": _average(row.tasks, scores),
+        "state": "failed",
+        "tasks": row.tasks | dict.fromkeys(lost, "failed"),
+        "failures": (*row.failures, *lost.values()),
+        "damaged": (*row.damaged, *(failure.cause for failure in lost.values())),
+    }
+    return row.model_copy(update=change)

@@ -1,107 +1,257 @@
-"""What a report shows, as plain text cells: the terminal and markdown only draw it.
+"""What a report shows, as text cells: the terminal, markdown and LaTeX only draw it.
 
-An arm is a column: eight tasks or a dozen costs side by side fit no terminal, and arms go on in a next sheet.
+As in the paper's tables an arm is a row, in blocks of what arms are compared within; a seed is neither.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from packcli.eval import protocol
 from packcli.log import plain
 from packcli.report import words
-from packcli.report.records import Group, PooledScore, Report
+from packcli.report.records import Group, Probed, Report
+from packcli.store import State
 
-ARMS_PER_SHEET = 5
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """`change`: a signed difference, below `text`; `shown`: 0 lies outside its interval over seeds."""
+
+    text: str
+    change: str = ""
+    shown: bool = False
+
+    @property
+    def lines(self) -> list[str]:
+        return [part for part in (*self.text.split("\n"), *self.change.split("\n")) if part]
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """An arm a column. `lines`: a name with its unit, then one string an arm."""
+    """`header`: a name for each column, the first that of the row names. `blocks`: a setting and its rows."""
 
+    title: str
     header: list[str]
-    lines: list[list[str]]
+    blocks: list[tuple[str, list[list[Cell]]]]
 
 
-def sections(report: Report) -> list[tuple[str, list[Sheet]]]:
-    """A titled list of sheets for each setting, all in the order of the sweep."""
-    found = []
-    for setting, groups in report.settings():
-        title = ": ".join(part for part in (plain(report.sweep), words.name(setting)) if part)
-        chunks = [([plain(group.arm) for group in members], members) for members in _chunks(groups)]
-        costs = [
-            Sheet(["cost of training, mean over seeds", *arms], _cost(members, report.baseline))
-            for arms, members in chunks
-        ]
-        scores = [
-            Sheet(["score, mean over seeds", *arms], _scores(members, report.baseline)) for arms, members in chunks
-        ]
-        inside = [
-            Sheet(["inside the model, mean over seeds", *arms], _probes(members)) for arms, members in chunks
-        ]
-        found.append((title, [*costs, *(sheet for sheet in (*scores, *inside) if sheet.lines)]))
-    return found
+Column = tuple[str, Callable[[Group], Cell | str]]
+Key = frozenset[tuple[str, str]]
 
 
-def _chunks(groups: list[Group]) -> list[list[Group]]:
-    """As few lists as ARMS_PER_SHEET allows, about equally long."""
-    number = -(-len(groups) // ARMS_PER_SHEET)
-    size = -(-len(groups) // number)
-    return [groups[first : first + size] for first in range(0, len(groups), size)]
+def sheets(report: Report, *, everything: bool = False) -> list[Sheet]:
+    """Scores, judged scores, cost of training, and what probes found; those that hold anything.
+
+    `everything`: also the columns that only a doubt asks for, and the health of each score.
+    """
+    groups = report.groups
+    benchmarks, judged = _tasks(groups, "benchmark"), _tasks(groups, "judged")
+    base = plain(report.baseline) if report.baseline is not None else None
+    against = f"; below each its difference to {base}, in points" if base else ""
+    tail = _overall(report)
+    found = [
+        (
+            f"scores, %, mean over seeds{against}",
+            [*_scores(benchmarks, groups), *(tail if benchmarks or not judged else [])],
+        ),
+        (
+            f"scores by a judge, %, mean over seeds{against}",
+            [*_scores(judged, groups), *([] if benchmarks else tail)],
+        ),
+        ("cost of training, mean over seeds", _costs(report, everything)),
+        ("inside the model, mean over seeds", _probes(groups)),
+        ("health of the scores, mean over seeds", _health(report) if everything else []),
+    ]
+    return [_sheet(title, columns, report) for title, columns in found if columns]
+
+
+def _tasks(groups: Iterable[Group], kind: protocol.Kind) -> list[str]:
+    tasks = dict.fromkeys(task for group in groups for task in group.task_states)
+    return [task for task in tasks if protocol.kind(task) == kind]
+
+
+def _sheet(title: str, columns: list[Column], report: Report) -> Sheet:
+    def row(group: Group) -> list[Cell]:
+        cells = [shown(group) for _, shown in columns]
+        return [Cell(plain(group.arm)), *(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)]
+
+    blocks = [(words.name(setting), [row(group) for group in groups]) for setting, groups in report.settings()]
+    return Sheet(title, ["arm", *(words.plain_lines(name) for name, _ in columns)], blocks)
+
+
+# What they score ---------------------------------------------------------------------------------------
+
+
+def _scores(tasks: list[str], groups: Iterable[Group]) -> list[Column]:
+    return [(_task_name(task, groups), partial(_score, task=task)) for task in tasks]
+
+
+def _task_name(task: str, groups: Iterable[Group]) -> str:
+    scores = [group.eval[task] for group in groups if task in group.eval]
+    limited = min(((score.n, score.n_total) for score in scores if score.partial), default=None)
+    counts = f"({limited[0]:,}/{limited[1]:,})" if limited else ""
+    return "\n".join(part for part in (task, scores[0].metric if scores else "", counts) if part)
+
+
+def _score(group: Group, task: str) -> Cell:
+    if (score := group.eval.get(task)) is None:
+        if task in group.left_out:
+            return Cell(f"partial\n{group.left_out[task]}")
+        found = group.task_states.get(task)
+        return Cell(_states(found, group.n_cells) if found else words.NONE)
+    as_expected = score.n_seeds == (group.n_seeds or group.n_cells)
+    few = "" if as_expected else f"\n({score.n_seeds} of {group.n_cells})"
+    items = group.items.get(task)
+    change = words.points(items.delta) if items else ""
+    return Cell(f"{words.percent(score.score)}{_error(score.stderr, score.stderr_items)}{few}", change)
+
+
+def _states(found: Mapping[State, int], total: int) -> str:
+    return words.states(found, total).replace(", ", ",\n")
+
+
+def _error(seeds: float | None, items: float | None) -> str:
+    if seeds is not None:
+        return f" ± {words.percent(seeds)}"
+    return f" (± {words.percent(items)})" if items is not None else ""
+
+
+def _overall(report: Report) -> list[Column]:
+    """The average and how it differs from the baseline's; then what needs no task."""
+    groups, columns = report.groups, list[Column]()
+    if any(protocol.kind(task) != "probes" for group in groups for task in group.task_states):
+        limited = any(score.partial for group in groups for score in group.eval.values())
+        columns.append(("average" + "\n(partial)" * limited, _average))
+        if report.baseline is not None:
+            columns += [
+                (f"average less\n{report.baseline}'s", lambda group: _delta(group, report.baseline)),
+                ("detectable", _detectable),
+            ]
+        if any(group.p_holm is not None for group in groups):
+            columns.append(
+                ("p\n(Holm)", lambda group: words.NONE if group.p_holm is None else f"{group.p_holm:.3f}")
+            )
+        columns.append(("seeds\nscored", lambda group: f"{group.n_seeds} of {group.n_cells}"))
+    if any(group.train and group.train.validation_loss is not None for group in groups):
+        columns.append(("validation loss,\nnats/token", _validation))
+    return columns
+
+
+def _average(group: Group) -> str:
+    if group.average is None:
+        return "partial" if group.left_out else _states(group.states, group.n_cells)
+    return f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
+
+
+def _delta(group: Group, baseline: str | None) -> Cell:
+    if group.arm == baseline:
+        return Cell("baseline")
+    if group.delta is None:
+        return Cell(words.NONE)
+    bounds, shown = "no interval", False
+    if group.interval:
+        bounds, shown = words.interval(group.interval), not group.interval[0] <= 0 <= group.interval[1]
+    elif found := group.average_items:
+        bounds = f"({words.interval((found.low, found.high))})"
+    return Cell("", f"{words.points(group.delta)}\n{bounds}", shown)
+
+
+def _detectable(group: Group) -> str:
+    return words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
+
+
+def _validation(group: Group) -> str:
+    if group.train is None:
+        return _states(group.train_states, group.n_cells)
+    stderr = group.train.validation_loss_stderr
+    return words.loss(group.train.validation_loss) + (f" ± {words.loss(stderr)}" if stderr is not None else "")
+
+
+def _health(report: Report) -> list[Column]:
+    """Mean over seeds of what each score says of its own trustworthiness: shares in %, mean tokens as such."""
+    found: dict[Key, dict[tuple[str, str], list[float]]] = {}
+    for row in report.rows:
+        labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
+        own = found.setdefault(labels, {})
+        for task, score in row.eval.items():
+            for name, value in score.health.items():
+                own.setdefault((task, name), []).append(value)
+
+    def cell(group: Group, task: str, name: str) -> str:
+        values = found.get(frozenset(group.labels.items()), {}).get((task, name))
+        if not values:
+            return words.NONE
+        mean = math.fsum(values) / len(values)
+        return words.count(mean) if name == "mean_tokens" else words.share(mean)
+
+    names = dict.fromkeys(key for own in found.values() for key in own)
+    units = {name: "" if name == "mean_tokens" else ", %" for _, name in names}
+    return [(f"{task}\n{name}{units[name]}", partial(cell, task=task, name=name)) for task, name in names]
 
 
 # What the arms cost ------------------------------------------------------------------------------------
 
 
-def _cost(groups: list[Group], baseline: str | None) -> list[list[str]]:
-    lines: list[tuple[str, Callable[[Group], str]]] = [
-        ("rows an epoch", lambda group: _in_ledger(group, "rows")),
-        ("documents cut", lambda group: _in_ledger(group, "documents_cut")),
-        ("tokens truncated", lambda group: _in_ledger(group, "tokens_truncated")),
-        ("efficiency, %", lambda group: words.percent(group.ledger.get("efficiency") if group.ledger else None)),
-        ("optimizer steps", lambda group: _trained(group, "steps", words.count)),
-        ("slots computed", lambda group: _trained(group, "slots", words.large)),
-        ("  of these a step", _slots_a_step),
-        ("wall time, s", lambda group: _trained(group, "wall_s", words.seconds)),
-        ("CPU time, s", lambda group: _trained(group, "cpu_s", words.seconds)),
-        ("useful tokens/s", lambda group: _trained(group, "useful_tokens_per_s", words.rate)),
-        ("padded tokens/s", lambda group: _trained(group, "padded_tokens_per_s", words.rate)),
+def _costs(report: Report, everything: bool) -> list[Column]:
+    groups, baseline = report.groups, report.baseline
+    # Beside an accelerator the CPU only waits: its time says nothing of the arm.
+    on_cpu = all(group.train.device == "cpu" for group in groups if group.train)
+    has_mfu = any(group.train and group.train.mfu is not None for group in groups)
+    columns: list[tuple[bool, str, Callable[[Group], Cell | str]]] = [
+        (True, "rows\nan epoch", lambda group: _in_ledger(group, "rows")),
+        (_any(groups, "documents_cut"), "documents\ncut", lambda group: _in_ledger(group, "documents_cut")),
+        (_any(groups, "tokens_truncated"), "tokens\ncut off", lambda group: _in_ledger(group, "tokens_truncated")),
+        (_any(groups, "tokens_dropped"), "tokens\ndropped", lambda group: _in_ledger(group, "tokens_dropped")),
+        (True, "efficiency,\n%", _efficiency),
+        (True, "optimizer\nsteps", _trained("steps", words.count)),
+        (True, "slots\ncomputed", _trained("slots", words.large)),
+        (everything, "slots\na step", _slots_a_step),
+        (True, "wall\ntime, s", _trained("wall_s", words.seconds)),
+        (on_cpu or everything, "CPU\ntime, s", _trained("cpu_s", words.seconds)),
+        (True, "useful\ntokens/s", _trained("useful_tokens_per_s", words.rate)),
+        (everything, "padded\ntokens/s", _trained("padded_tokens_per_s", words.rate)),
+        (has_mfu, "MFU, %", _trained("mfu", words.percent)),
+        (everything, "final\nloss", _trained("final_loss", words.loss)),
     ]
-    if any(group.train and group.train.mfu is not None for group in groups):
-        lines.append(("MFU, %", lambda group: _trained(group, "mfu", words.percent)))
     if baseline is not None:
-        # Beside an accelerator the CPU only waits: its time says nothing of the arm.
-        on_cpu = all(group.train.device == "cpu" for group in groups if group.train)
-        if on_cpu:
-            lines.append(("speed-up, CPU time", lambda group: _against(group, baseline, _speedup("cpu"))))
-        per_slot = _speedup("cpu_per_slot" if on_cpu else "wall_per_slot")
-        lines += [
-            ("speed-up, wall time", lambda group: _against(group, baseline, _speedup("wall"))),
-            ("fewer slots", lambda group: _against(group, baseline, lambda own: own.slot_ratio)),
-            (
-                f"less {'CPU' if on_cpu else 'wall'} time a slot",
-                lambda group: _against(group, baseline, per_slot),
-            ),
+        time = "CPU" if on_cpu else "wall"
+        columns += [
+            (on_cpu, "speed-up,\nCPU time", _against(baseline, _speedup("cpu"))),
+            (True, "speed-up,\nwall time", _against(baseline, _speedup("wall"))),
+            (True, "fewer\nslots", _against(baseline, lambda group: group.slot_ratio)),
+            (True, f"less {time}\ntime a slot", _against(baseline, _speedup(f"{time.lower()}_per_slot"))),
         ]
-    lines.append(("seeds trained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}"))
-    return [[name, *(shown(group) for group in groups)] for name, shown in lines]
+    columns.append(
+        (True, "seeds\ntrained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}")
+    )
+    return [(name, shown) for wanted, name, shown in columns if wanted]
+
+
+def _any(groups: Iterable[Group], word: str) -> bool:
+    return any(group.ledger and group.ledger.get(word) for group in groups)
 
 
 def _in_ledger(group: Group, word: str) -> str:
     return words.count(group.ledger.get(word) if group.ledger else None)
 
 
-def _trained(group: Group, field: str, shown: Callable[[float | None], str]) -> str:
+def _efficiency(group: Group) -> str:
+    return words.percent(group.ledger.get("efficiency") if group.ledger else None)
+
+
+def _trained(field: str, shown: Callable[[float | None], str]) -> Callable[[Group], str]:
     """A mean of the group's trainings, or in words why there is none."""
-    if group.train is None:
-        return words.states(group.train_states, group.n_cells)
-    return shown(getattr(group.train, field))
+    return lambda group: (
+        _states(group.train_states, group.n_cells) if group.train is None else shown(getattr(group.train, field))
+    )
 
 
-def _against(group: Group, baseline: str, ratio: Callable[[Group], float | None]) -> str:
-    return "baseline" if group.arm == baseline else words.times(ratio(group))
+def _against(baseline: str, ratio: Callable[[Group], float | None]) -> Callable[[Group], str]:
+    return lambda group: "baseline" if group.arm == baseline else words.times(ratio(group))
 
 
 def _slots_a_step(group: Group) -> str:
@@ -113,193 +263,47 @@ def _speedup(field: str) -> Callable[[Group], float | None]:
     return lambda group: getattr(group.speedup, field) if group.speedup else None
 
 
-# What they score ---------------------------------------------------------------------------------------
-
-
-def _scores(groups: list[Group], baseline: str | None) -> list[list[str]]:
-    tasks = dict.fromkeys(
-        task for group in groups for task in group.task_states if protocol.kind(task) != "probes"
-    )
-    lines = [[_task_name(task, groups), *(_score(group, task) for group in groups)] for task in tasks]
-    if tasks:
-        limited = any(score.partial for group in groups for score in group.eval.values())
-        lines.append([f"average, %{' (partial)' * limited}", *(_average(group) for group in groups)])
-        lines.append(["seeds scored", *(f"{group.n_seeds} of {group.n_cells}" for group in groups)])
-        if baseline is not None:
-            lines.append([f"difference to {plain(baseline)}, points", *(_delta(g, baseline) for g in groups)])
-            lines.append(["  detectable effect, points", *(_detectable(group) for group in groups)])
-    if any(group.train and group.train.validation_loss is not None for group in groups):
-        lines.append(["validation loss, nats/token", *(_validation(group) for group in groups)])
-    return lines
-
-
-def _task_name(task: str, groups: list[Group]) -> str:
-    scores = [group.eval[task] for group in groups if task in group.eval]
-    metric = f" {scores[0].metric}" if scores else ""
-    limited = min(((score.n, score.n_total) for score in scores if score.partial), default=None)
-    return plain(f"{task}{metric}, %" + (f" ({limited[0]:,}/{limited[1]:,})" if limited else ""))
-
-
-def _score(group: Group, task: str) -> str:
-    if (score := group.eval.get(task)) is None:
-        if task in group.left_out:
-            return f"partial\n{group.left_out[task]}"
-        found = group.task_states.get(task)
-        return words.states(found, group.n_cells) if found else words.NONE
-    as_expected = score.n_seeds == (group.n_seeds or group.n_cells)
-    few = "" if as_expected else f"\n({score.n_seeds} of {group.n_cells})"
-    return f"{words.percent(score.score)}{_error(score.stderr, score.stderr_items)}{few}"
-
-
-def _error(seeds: float | None, items: float | None) -> str:
-    if seeds is not None:
-        return f" ± {words.percent(seeds)}"
-    return f" (± {words.percent(items)})" if items is not None else ""
-
-
-def _average(group: Group) -> str:
-    if group.average is None:
-        return "partial" if group.left_out else words.states(group.states, group.n_cells)
-    return f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
-
-
-def _validation(group: Group) -> str:
-    if group.train is None:
-        return words.states(group.train_states, group.n_cells)
-    stderr = group.train.validation_loss_stderr
-    return words.loss(group.train.validation_loss) + (f" ± {words.loss(stderr)}" if stderr is not None else "")
-
-
-def _delta(group: Group, baseline: str) -> str:
-    if group.arm == baseline:
-        return "baseline"
-    if group.delta is None:
-        return words.NONE
-    bounds = "no interval"
-    if group.interval:
-        bounds = words.interval(group.interval)
-    elif found := group.average_items:
-        bounds = f"({words.interval((found.low, found.high))})"
-    return f"{words.points(group.delta)}\n{bounds}"
-
-
-def _detectable(group: Group) -> str:
-    return words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
-
-
 # What the probes found -----------------------------------------------------------------------------------
 
 
-def _probes(groups: list[Group]) -> list[list[str]]:
+def _probes(groups: Iterable[Group]) -> list[Column]:
     """Nothing where no checkpoint was probed."""
     probed = [one for group in groups for one in group.probes]
-    lines = []
+    columns = list[Column]()
     for arm in dict.fromkeys(arm for one in probed for arm in one.crossing):
-        shares = [_probe(group, [one.crossing.get(arm) for one in group.probes], words.share) for group in groups]
-        lines.append([f"attention across, rows of {plain(arm)}, %", *shares])
+        columns.append(
+            (
+                f"attention\nacross, rows\nof {arm}, %",
+                partial(_probe, values=partial(_across, arm=arm), shown=words.share),
+            )
+        )
     if probed:
-        losses = [_probe(group, [one.alone for one in group.probes], words.loss) for group in groups]
-        lines.append(["loss of a document alone, nats", *losses])
+        columns.append(("loss of a\ndocument\nalone, nats", partial(_probe, values=_alone, shown=words.loss)))
     for other in dict.fromkeys(neighbour for one in probed for neighbour in one.behind):
-        added = [_probe(group, [one.behind.get(other) for one in group.probes], words.loss) for group in groups]
-        lines.append([f"  more behind {other} text", *added])
-    return lines
+        columns.append(
+            (
+                f"more behind\n{other}\ntext",
+                partial(_probe, values=partial(_behind, other=other), shown=words.loss),
+            )
+        )
+    return columns
 
 
-def _probe(group: Group, values: list[float | None], shown: Callable[[float | None], str]) -> str:
-    known = [value for value in values if value is not None]
+def _across(one: Probed, arm: str) -> float | None:
+    return one.crossing.get(arm)
+
+
+def _alone(one: Probed) -> float | None:
+    return one.alone
+
+
+def _behind(one: Probed, other: str) -> float | None:
+    return one.behind.get(other)
+
+
+def _probe(group: Group, values: Callable[[Probed], float | None], shown: Callable[[float | None], str]) -> str:
+    known = [found for one in group.probes if (found := values(one)) is not None]
     if known:
         return shown(math.fsum(known) / len(known))
     states = {} if group.probes else group.task_states.get(protocol.PROBES, {})
-    return words.states(states, group.n_cells) if states else words.NONE
-
-
-# Below the sheets --------------------------------------------------------------------------------------
-
-
-def not_done(report: Report) -> list[str]:
-    """One line for each cell that is not done, with the cause where a stage failed; many alike are one."""
-    lines: dict[str, list[str]] = {}
-    for row in report.rows:
-        partial = {f"eval {task}" for task, score in row.eval.items() if score.left_out}
-        for failure in row.failures:
-            hint = f" ({failure.fix})" if failure.fix else ""
-            what = "partial" if failure.stage in partial else "failed"
-            lines.setdefault(plain(f"{what}, {failure.stage}: {failure.cause}{hint}"), []).append(
-                words.name(row.labels)
-            )
-        if not row.failures and row.state != "done":
-            lines.setdefault(row.state, []).append(words.name(row.labels))
-    return [f"{what}: {_few(cells)}" for what, cells in lines.items()]
-
-
-def _few(cells: list[str], most: int = 3) -> str:
-    more = f"; and {len(cells) - most} more" if len(cells) > most else ""
-    return "; ".join(cells[:most]) + more
-
-
-def legend(report: Report) -> list[str]:
-    """What the signs in the sheets mean, only those that occur."""
-    lines = [
-        "rows to efficiency: of one epoch; efficiency = kept tokens / slots. "
-        "useful tokens are document tokens, padded tokens all slots; both rates are by wall time, "
-        "which grows when other work shares the machine (then it is well above CPU time)."
-    ]
-    if any(group.speedup for group in report.groups):
-        lines.append(
-            f"speed-up, fewer slots: {report.baseline} / the arm, over the seeds both have. "
-            "Not clearly behind: its range over seeds overlaps the fastest arm's."
-        )
-        lines.append(
-            "speed-up = fewer slots x less time a slot. A slot takes longer where a step holds few, as a step "
-            "costs something whatever it holds (the optimizer), and where attention looks further."
-        )
-    lines += _about_errors([score for group in report.groups for score in group.eval.values()])
-    if any(group.interval for group in report.groups):
-        lines.append(
-            "difference [low, high]: mean over the seeds both have, paired by seed, and its 95% interval "
-            "(Student's t); not corrected for the number of arms."
-        )
-        lines.append("detectable effect: a true difference of that size is found in 80% of such sweeps.")
-    if any(group.average_items and not group.interval for group in report.groups):
-        lines.append(
-            "difference ([low, high]): 95% over test items, paired item by item, of these very models; it says "
-            "nothing about other seeds, and so nothing about the arm."
-        )
-    if any(group.left_out for group in report.groups):
-        lines.append("partial n/N: rows that this machine could not score; the score stands in no mean.")
-    if any(group.probes for group in report.groups):
-        lines.append(
-            "attention across: to other documents of a row, of what does not go to the row's first token, mean "
-            "over layers; 0 is exactly 0. more behind: what another document before it, seen without a mask, adds "
-            "to that loss; nats per supervised token. Pictures: `packcli report --figures DIR`."
-        )
-    lines += _unlike_protocols(report)
-    return [plain(line) for line in lines]
-
-
-def _unlike_protocols(report: Report) -> list[str]:
-    """Tasks that some settings score by other rules than others: within one setting there is one protocol."""
-    used: dict[str, set[str]] = {}
-    for group in report.groups:
-        for task, score in group.eval.items():
-            used.setdefault(task, set()).update(score.protocols)
-    unlike = [task for task, protocols in used.items() if len(protocols) > 1]
-    if not unlike:
-        return []
-    return [f"not comparable between the settings above, scored by different protocols: {', '.join(unlike)}."]
-
-
-def _about_errors(scores: list[PooledScore]) -> list[str]:
-    lines = []
-    if any(score.stderr is not None for score in scores):
-        lines.append("a ± b: mean over seeds and its standard error, always on the same test items.")
-    if any(score.stderr is None for score in scores):
-        lines.append(
-            "a (± b): a single seed; b is the standard error over test items, and says nothing about other seeds."
-        )
-    if any(score.partial for score in scores):
-        lines.append(
-            "(n/N): only n of N test items were scored, as `eval.limit` asks; not comparable with a full run."
-        )
-    return lines
+    return _states(states, group.n_cells) if states else words.NONE

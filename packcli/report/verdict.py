@@ -1,36 +1,65 @@
-"""What the groups allow one to say, in sentences: no claim that an interval does not carry."""
+"""Which arm, at what cost, with which certainty: in sentences, and none that an interval does not carry.
+
+An arm is said to score above or below the baseline where that holds after Holm's correction over all differences
+of the report; otherwise the text says what would have been seen. Arms are compared with the baseline, never with
+each other: no interval is of that.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, get_args
 
 from packcli.data.corpus import SOURCES
 from packcli.log import plain
-from packcli.plan import Plan
-from packcli.report import words
+from packcli.plan import Plan, TrainOrder
+from packcli.report import confounds, words
+from packcli.report.confounds import Arm
+from packcli.report.costs import Timing, comparable, fastest, sentence, timing
 from packcli.report.records import Group, Row, Train, by_setting
 
-STEPS_CONFOUND = 0.2
-"""Steps that differ by more than this share of the baseline's are named as a confound."""
-BY_SLOTS = 0.1
-"""A slot that takes as long as the baseline's within this share leaves the speed-up to fewer slots."""
+SIGNIFICANT = 0.05
+SAME_LOSS = 0.001
+MOST_SETTINGS = 12
+MOST_ARMS = 6
+
+Standing = Literal["above", "below", "open", "equal", "unknown"]
+"""Of an arm's average score: shown to be above or below the baseline's; neither shown; to the last item the
+baseline's in each of several seeds, with its validation loss; nothing to say."""
 
 
 def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
-    """What the numbers come from, then one paragraph for each setting that arms are compared within."""
-    scope = " ".join([*_origin(plan, rows), *_incomplete(rows), *_partial(groups)])
+    """What the numbers come from, one paragraph for each setting that arms are compared within, learning rates."""
+    scope = " ".join([*_origin(plan, rows), *_incomplete(rows), *_contradictory(rows), *_partial(groups)])
     trains: dict[frozenset[tuple[str, str]], list[Train]] = {}
+    orders: dict[frozenset[tuple[str, str]], TrainOrder] = {}
     for row in rows:
-        if row.train is not None:
-            labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
-            trains.setdefault(labels, []).append(row.train)
-    settings = []
+        labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
+        orders.setdefault(labels, plan.trains[row.ids["train"]])
+        trains.setdefault(labels, []).extend([row.train] if row.train else [])
+    grids = confounds.grids(groups)
+    comparisons = sum(group.p is not None for group in groups)
+    answers = []
     for setting, members in by_setting(groups):
-        own = [train for group in members for train in trains.get(frozenset(group.labels.items()), [])]
-        text = _setting(members, plan.baseline, own)
-        settings.append(f"`{words.name(setting)}`: {text}" if setting else text)
-    return "\n".join(part for part in (scope, *settings) if part)
+        keys = [frozenset(group.labels.items()) for group in members]
+        arms = [
+            Arm(group, orders[key], trains[key], grids.get(confounds.without_rate(group)))
+            for key, group in zip(keys, members, strict=True)
+        ]
+        taken, text = _setting(arms, plan.baseline, comparisons)
+        answers.append((taken, f"`{words.name(setting)}`: {text}" if setting else text))
+    return "\n".join(part for part in (scope, *_shortened(answers), *confounds.rates(grids)) if part)
+
+
+def _shortened(answers: list[tuple[str, str]]) -> list[str]:
+    """Hundreds of settings: how often each arm is taken, and the first of the paragraphs."""
+    texts = [text for _, text in answers]
+    if len(texts) <= MOST_SETTINGS:
+        return texts
+    tally = [f"{taken} in {number:,}" for taken, number in Counter(taken for taken, _ in answers).most_common()]
+    first = f"the first {MOST_SETTINGS} of them follow; `--only` shows others."
+    return [f"Of {len(texts):,} settings: {words.listed(tally)}; {first}", *texts[:MOST_SETTINGS]]
 
 
 # Where the numbers come from ---------------------------------------------------------------------------
@@ -54,12 +83,22 @@ def _origin(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 def _incomplete(rows: Sequence[Row]) -> list[str]:
     states = {state: [row.state for row in rows].count(state) for state in ("failed", "running", "pending")}
-    open_ = [f"{count} {state}" for state, count in states.items() if count]
+    open_ = [f"{count:,} {state}" for state, count in states.items() if count]
     if not open_:
         return []
     number = sum(states.values())
     rest = "; what follows is about what is there" if number < len(rows) else ""
-    return [f"{number} of {len(rows)} cells are not done ({', '.join(open_)}){rest}."]
+    return [f"{number:,} of {len(rows):,} cells are not done ({', '.join(open_)}){rest}."]
+
+
+def _contradictory(rows: Sequence[Row]) -> list[str]:
+    wrong = [words.name(row.labels) for row in rows if row.physics]
+    if not wrong:
+        return []
+    more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    return [
+        f"The numbers of some trainings cannot be true, nor what follows from them: {'; '.join(wrong[:3])}{more}."
+    ]
 
 
 def _partial(groups: Sequence[Group]) -> list[str]:
@@ -79,144 +118,163 @@ def _partial(groups: Sequence[Group]) -> list[str]:
 # One setting -------------------------------------------------------------------------------------------
 
 
-def _setting(groups: list[Group], baseline: str | None, trains: list[Train]) -> str:
-    others = [group for group in groups if group.arm != baseline]
+def _setting(arms: list[Arm], baseline: str | None, comparisons: int) -> tuple[str, str]:
+    """Whom it takes, in a few words, and the paragraph."""
+    others = [arm for arm in arms if arm.group.arm != baseline]
     if baseline is None:
-        return "The sweep names no `baseline` arm, so nothing is compared."
-    if len(others) == len(groups):
-        return f"There is no `{baseline}` cell here, so nothing is compared."
+        return "not compared", "The sweep names no `baseline` arm, so nothing is compared."
+    if len(others) == len(arms):
+        return "not compared", f"There is no `{plain(baseline)}` cell here, so nothing is compared."
     if not others:
-        return f"There is no arm besides `{baseline}` here, so nothing is compared."
-    steps = _steps(next(group for group in groups if group.arm == baseline), others)
-    speed = [_speed(others, baseline, trains), *_by_slots(groups, baseline, trains)]
-    return " ".join([*speed, *_quality(others, baseline), *steps])
-
-
-@dataclass(frozen=True, slots=True)
-class _Timing:
-    """`ratio`: the baseline's time over this arm's; `low` and `high`: seed by seed."""
-
-    group: Group
-    ratio: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        if self.n == 1:
-            return f"{words.times(self.ratio)} (one seed)"
-        low, high = words.times(self.low), words.times(self.high)
-        return f"{words.times(self.ratio)} ({low} to {high} over {self.n} seeds)"
-
-
-def _timing(group: Group, *, cpu: bool) -> _Timing | None:
-    if (found := group.speedup) is None:
-        return None
-    ratio, bounds = (found.cpu, found.cpu_range) if cpu else (found.wall, found.wall_range)
-    return _Timing(group, ratio, *bounds, found.n_pairs) if ratio and bounds else None
-
-
-def _speed(others: list[Group], baseline: str, trains: list[Train]) -> str:
-    """The fastest arm; by CPU time on CPUs, where it is steadier, else by wall time."""
-    cpu = {train.device for train in trains} == {"cpu"}
-    if len({(train.device, train.processes, train.threads) for train in trains}) > 1:
-        return "Speed: runs used unlike devices, processes or threads, so their times are not compared."
-    timings = [timing for group in others if (timing := _timing(group, cpu=cpu)) is not None]
-    if not timings:
-        return f"Speed: no finished training to set against `{baseline}` yet."
-    best, measure = max(timings, key=lambda timing: timing.ratio), "CPU time" if cpu else "wall time"
-    arm = f"`{plain(best.group.arm)}`"
-    if best.high < 1:
-        return f"Speed: `{baseline}` itself was fastest; next was {arm}: ratio of {measure} {best}."
-    if best.low <= 1:
-        return f"Speed: no arm is clearly faster than `{baseline}`; nearest was {arm}: ratio of {measure} {best}."
-    slots = f", and {words.times(best.group.slot_ratio)} its slots" if best.group.slot_ratio else ""
-    near = [timing for timing in timings if timing is not best and timing.high >= best.low]
-    close = words.listed([f"`{plain(timing.group.arm)}` ({words.times(timing.ratio)})" for timing in near])
-    beside = f" Not clearly behind it: {close}." if near else ""
-    return f"Speed: {arm} was fastest; `{baseline}` took {best} its {measure}{slots}.{beside}"
-
-
-def _by_slots(groups: list[Group], baseline: str, trains: list[Train]) -> list[str]:
-    """Whether arms are faster because they compute fewer slots; else what else there is to look at."""
-    measure = "cpu" if {train.device for train in trains} == {"cpu"} else "wall"
-    found = [
-        (group, ratio)
-        for group in groups
-        if group.speedup and (ratio := getattr(group.speedup, f"{measure}_per_slot"))
+        return "not compared", f"There is no arm besides `{plain(baseline)}` here, so nothing is compared."
+    (base,) = [arm for arm in arms if arm.group.arm == baseline]
+    timings = [found for arm in others if (found := timing(arm))] if comparable(arms) else []
+    taken, answer = _answer(base, others, timings)
+    scored = any(arm.group.task_states for arm in others)
+    sentences = [
+        answer,
+        *(_scores(base, others, comparisons) if scored else []),
+        sentence(base, arms, timings, next((arm for arm in others if arm.name == taken), None)),
+        *confounds.sentence(base, others),
     ]
-    if not found:
-        return []
-    other = [(group, ratio) for group, ratio in found if abs(ratio - 1) > BY_SLOTS]
-    if not other:
-        return [
-            f"Time follows slots: a slot took as long as in `{baseline}`, within {BY_SLOTS:.0%}, in every arm."
-        ]
-    (own,) = [group for group in groups if group.arm == baseline]
-    arms = [
-        f"`{plain(group.arm)}` {words.times(group.slot_ratio)} by fewer slots, {words.times(ratio)} by time a slot"
-        f" ({_step_sizes(group)})"
-        for group, ratio in other
-    ]
-    return [f"Slots alone do not explain the time: {words.listed(arms)}; `{baseline}` took {_step_sizes(own)}."]
+    return taken, " ".join(sentences)
 
 
-def _step_sizes(group: Group) -> str:
-    if group.train is None or not group.train.steps or not group.train.slots:
-        return "steps unknown"
-    return f"{words.count(group.train.steps)} steps of {words.large(group.train.slots / group.train.steps)} slots"
+def _answer(base: Arm, others: list[Arm], timings: list[Timing]) -> tuple[str, str]:
+    """Scores decide where they differ, else cost, else nothing does."""
+    by: dict[Standing, list[Arm]] = {standing: [] for standing in get_args(Standing)}
+    for arm in others:
+        by[_standing(arm.group, base.group)].append(arm)
+    cheaper = [found for found in timings if found.n > 1 and found.low > 1]
+    if by["above"]:
+        known = fastest([found for found in timings if found.arm in by["above"]])
+        arm = known.arm if known else max(by["above"], key=lambda arm: arm.group.delta or 0.0)
+        return arm.name, f"Take {arm.name}: its average score is above {base.name}'s."
+    if known := fastest([found for found in cheaper if found.arm in by["equal"]]):
+        arm, seeds = known.arm, known.arm.group.n_pairs
+        alike = (
+            f"it scored as {base.name} did in each of {seeds} seeds, with a validation loss within {SAME_LOSS:.1%}"
+        )
+        return arm.name, f"Take {arm.name}: {alike}, and costs less."
+    if known := fastest([found for found in cheaper if found.arm in by["open"]]):
+        arm, low = known.arm, (known.arm.group.interval or (0.0, 0.0))[0]
+        loss = (
+            f" if a loss of {100 * -low:.1f} points would do, which its interval leaves room for"
+            if low < 0
+            else ""
+        )
+        return arm.name, f"Take {arm.name}{loss}: no difference in score was shown, and it costs less."
+    if by["open"] or by["equal"]:
+        below = ", of those not shown to score below it," if by["below"] else ""
+        return base.name, f"Stay with {base.name}: no arm was shown to score above it or{below} to cost less."
+    if by["below"]:
+        whom = "no arm that has an interval scores as high" if by["unknown"] else "every other arm scored below it"
+        return base.name, f"Stay with {base.name}: {whom}."
+    if not any(arm.group.task_states for arm in others):
+        return (
+            "by cost alone",
+            "By cost alone: nothing is evaluated (`eval.tasks` is empty), so quality is not compared.",
+        )
+    return "not settled", f"Not settled: {_why_not(others)}."
 
 
-def _quality(others: list[Group], baseline: str) -> list[str]:
-    """Arms that differ, then arms for which no difference was shown, then arms nothing can be said of."""
-    if not any(group.task_states for group in others):
-        return ["Nothing is evaluated (`eval.tasks` is empty), so quality is not compared."]
-    bounded = [(group, group.interval) for group in others if group.interval is not None]
-    differ = [(group, bounds) for group, bounds in bounded if not bounds[0] <= 0 <= bounds[1]]
+def _standing(group: Group, base: Group) -> Standing:
+    if group.delta is None or group.n_pairs < 2:
+        return "unknown"
+    if group.interval is None or group.p_holm is None:
+        return "equal" if group.delta == 0 and _same_loss(group, base) else "unknown"
+    if group.p_holm >= SIGNIFICANT:
+        return "open"
+    return "above" if group.delta > 0 else "below"
+
+
+def _same_loss(group: Group, base: Group) -> bool:
+    """Models that can do nothing yet score alike too, all 0; their losses tell them apart."""
+    own, other = (one.train.validation_loss if one.train else None for one in (group, base))
+    return own is not None and other is not None and abs(own - other) <= SAME_LOSS * other
+
+
+def _why_not(others: list[Arm]) -> str:
+    pairs = max(arm.group.n_pairs for arm in others)
+    if pairs == 0:
+        return "no seed is scored in an arm and in the baseline"
+    if pairs == 1:
+        return "one seed an arm says nothing of the scatter between seeds; it takes two or more"
+    return "without scatter between seeds a difference has no interval"
+
+
+def _scores(base: Arm, others: list[Arm], comparisons: int) -> list[str]:
+    """Arms that differ, then those for which it was not shown, then those that little can be said of."""
+    by: dict[Standing, list[Arm]] = {}
+    for arm in others:
+        by.setdefault(_standing(arm.group, base.group), []).append(arm)
     clauses = [
-        f"`{plain(group.arm)}` difference {words.points(group.delta or 0.0)} points {words.interval(bounds)}"
-        for group, bounds in differ
+        f"shown {standing}, {_few([_estimate(arm, comparisons) for arm in by[standing]])}"
+        for standing in ("above", "below")
+        if standing in by
     ]
-    if shown_none := [group for group, bounds in bounded if bounds[0] <= 0 <= bounds[1]]:
-        clauses.append(_no_difference(shown_none))
-    if open_ := [f"`{plain(group.arm)}` ({_unbounded(group)})" for group in others if group.interval is None]:
-        clauses.append(f"no interval for {words.listed(open_)}")
-    return [f"Average score against `{baseline}`: {'; '.join(clauses)}."]
+    if "open" in by:
+        clauses.append(f"no difference shown, {_few([_estimate(arm, comparisons) for arm in by['open']])}")
+    if "equal" in by:
+        clauses.append(f"0 in every seed, {_few([arm.name for arm in by['equal']])}")
+    clauses += _unbounded([arm.group for arm in by.get("unknown", [])])
+    return [f"Points of average score above {base.name}: {'; '.join(clauses)}.", *_seen(by.get("open", []))]
 
 
-def _no_difference(groups: list[Group]) -> str:
-    arms = [f"`{plain(group.arm)}` {words.interval(group.interval)}" for group in groups if group.interval]
-    effects = [f"{100 * group.detectable:.1f}" for group in groups if group.detectable is not None]
-    covers = "interval covers" if len(arms) == 1 else "intervals cover"
-    return (
-        f"no difference shown for {words.listed(arms)} ({covers} 0; "
-        f"this sweep would have seen a true one of {words.listed(effects)} points 4 times in 5, "
-        "a smaller one less often)"
-    )
-
-
-def _unbounded(group: Group) -> str:
-    """Why a group has no interval."""
-    if group.delta is None:
-        return "no seed scored in both arms"
-    if group.n_pairs == 1:
-        found = group.average_items
-        items = f", {words.interval((found.low, found.high))} over test items" if found else ""
-        return f"{words.points(group.delta)} points{items} in the one seed both have; two or more are needed"
-    return f"{words.points(group.delta)} points in every one of {group.n_pairs} seeds, without scatter"
-
-
-def _steps(baseline: Group, others: list[Group]) -> list[str]:
-    own = baseline.train.steps if baseline.train else None
-    unlike = [
-        f"`{plain(group.arm)}` {words.count(group.train.steps)}"
-        for group in others
-        if own and group.train and group.train.steps
-        if abs(group.train.steps / own - 1) > STEPS_CONFOUND
-    ]
-    if not unlike:
+def _seen(arms: list[Arm]) -> list[str]:
+    """What the sweep would have found, had it been there."""
+    effects = sorted(arm.group.detectable for arm in arms if arm.group.detectable is not None)
+    if not effects:
         return []
-    return [
-        f"Optimizer steps differ (`{baseline.arm}` {words.count(own)}, {', '.join(unlike)}), "
-        "so quality may follow from the number of steps and not from the layout."
-    ]
+    least, most = f"{100 * effects[0]:.1f}", f"{100 * effects[-1]:.1f}"
+    size = f"{least} points" if least == most else f"{least} to {most} points, by arm,"
+    chance = f"a true difference of {size} is found 4 times in 5, a smaller one less often"
+    return [f"No difference shown is not none: {chance}."]
+
+
+def _estimate(arm: Arm, comparisons: int) -> str:
+    """`best_fit` +1.2 [+0.3, +2.1]; with p where the interval alone would say more than Holm's correction does."""
+    group = arm.group
+    assert group.interval is not None
+    assert group.p is not None
+    assert group.p_holm is not None
+    text = f"{arm.name} {words.points(group.delta or 0.0)} {words.interval(group.interval)}"
+    if group.p_holm < SIGNIFICANT:
+        return f"{text} (p {_p(group.p_holm)}{' by Holm' if comparisons > 1 else ''})"
+    if group.p < SIGNIFICANT:
+        return f"{text} (p {_p(group.p)} by itself, {_p(group.p_holm)} over {comparisons} comparisons)"
+    return text
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _unbounded(groups: list[Group]) -> list[str]:
+    """What is known of arms without an interval over seeds: clauses."""
+    single = [group for group in groups if group.delta is not None and group.n_pairs == 1]
+    steady = [group for group in groups if group.delta is not None and group.n_pairs > 1]
+    without = [f"`{plain(group.arm)}`" for group in groups if group.delta is None]
+    clauses = []
+    if single:
+        over = (
+            " [of these very models, 95% over test items]" if any(group.average_items for group in single) else ""
+        )
+        clauses.append(f"in one seed{over}, {_few([_in_one_seed(group) for group in single])}")
+    if steady:
+        known = [f"`{plain(group.arm)}` {words.points(group.delta or 0.0)}" for group in steady]
+        clauses.append(f"every seed gave the same, so no interval, {_few(known)}")
+    if without:
+        clauses.append(f"no seed scored in both, {_few(without)}")
+    return clauses
+
+
+def _in_one_seed(group: Group) -> str:
+    found = group.average_items
+    items = f" {words.interval((found.low, found.high))}" if found else ""
+    return f"`{plain(group.arm)}` {words.points(group.delta or 0.0)}{items}"
+
+
+def _few(items: list[str]) -> str:
+    more = [f"{len(items) - MOST_ARMS} more"] if len(items) > MOST_ARMS else []
+    return words.listed([*items[:MOST_ARMS], *more])

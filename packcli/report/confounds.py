@@ -1,0 +1,196 @@
+"""What differs between an arm and the baseline besides the layout, so that a score is not the layout's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from packcli.log import plain
+from packcli.plan import TrainOrder
+from packcli.report import words
+from packcli.report.records import Group, Train
+
+STEPS = 0.2
+"""Steps, or documents a step, that differ by more than this share of the baseline's are named."""
+TOKENS = 0.001
+"""So is a share of the tokens that one loses and the other does not, if it is more than this."""
+CUT = 0.01
+"""And a share of the documents that lie in more than one row."""
+
+RATE = "train.lr"
+Key = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Learning rates tried for an arm, ascending, and which did best, by what."""
+
+    arm: str
+    setting: dict[str, str]
+    rates: tuple[str, ...]
+    best: str
+    by: str
+
+    @property
+    def edge(self) -> str | None:
+        """Where the best lies, if it is at an end of the grid."""
+        return {self.rates[0]: "lowest", self.rates[-1]: "highest"}.get(self.best)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """An arm of a setting; `order`: of one of its trainings, which differ in the seed only."""
+
+    group: Group
+    order: TrainOrder
+    trains: list[Train]
+    grid: Grid | None
+
+    @property
+    def name(self) -> str:
+        return f"`{plain(self.group.arm)}`"
+
+
+def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
+    """All that differs, with the arms and numbers; nothing where it is the layout alone."""
+    found = [
+        _numbers("optimizer steps", base, others, _steps),
+        _numbers("documents a step", base, others, _documents),
+        _shares("tokens truncated or dropped", base, others, _lost, TOKENS),
+        _shares("documents cut over rows", base, others, _cut, CUT),
+        _crossing(base, others),
+        _loss(base, others),
+        _elsewhere([base, *others]),
+    ]
+    if not any(found):
+        return []
+    known = "; ".join(part for part in found if part)
+    return [f"More than the layout differs from {base.name}, so no score is packing's own effect: {known}."]
+
+
+# One thing that may differ -----------------------------------------------------------------------------
+
+Measure = Callable[[Arm], float | None]
+
+
+def _numbers(what: str, base: Arm, others: Sequence[Arm], measure: Measure) -> str:
+    own = measure(base)
+    if not own:
+        return ""
+    values = [(arm, value) for arm in others if (value := measure(arm)) is not None]
+    unlike = [
+        f"{arm.name} {words.count(round(value, 1))}" for arm, value in values if abs(value / own - 1) > STEPS
+    ]
+    return f"{what} ({base.name} {words.count(round(own, 1))}, {', '.join(unlike)})" if unlike else ""
+
+
+def _shares(what: str, base: Arm, others: Sequence[Arm], measure: Measure, least: float) -> str:
+    own = measure(base)
+    if own is None:
+        return ""
+    values = [(arm, value) for arm in others if (value := measure(arm)) is not None]
+    unlike = [f"{arm.name} {100 * value:.1f}%" for arm, value in values if abs(value - own) > least]
+    return f"{what} ({base.name} {100 * own:.1f}%, {', '.join(unlike)})" if unlike else ""
+
+
+def _crossing(base: Arm, others: Sequence[Arm]) -> str:
+    unlike = [arm.name for arm in others if arm.order.arm.attention != base.order.arm.attention]
+    if not unlike:
+        return ""
+    crosses = base.order.arm.attention == "causal"
+    return f"attention across documents ({'not ' if crosses else ''}in {words.listed(unlike)})"
+
+
+def _loss(base: Arm, others: Sequence[Arm]) -> str:
+    own = base.order.arm.loss
+    unlike = [f"{arm.name} by {arm.order.arm.loss}" for arm in others if arm.order.arm.loss != own]
+    return f"what the loss is a mean over ({base.name} by {own}, {', '.join(unlike)})" if unlike else ""
+
+
+def _elsewhere(arms: Sequence[Arm]) -> str:
+    """Arms that do better at another learning rate than the one of this setting."""
+    found = [
+        f"{arm.name} does best at {arm.grid.best}"
+        for arm in arms
+        if arm.grid and arm.grid.best != arm.group.labels[RATE]
+    ]
+    return f"how well the learning rate fits ({', '.join(found)})" if found else ""
+
+
+def _steps(arm: Arm) -> float | None:
+    return arm.group.train.steps if arm.group.train else None
+
+
+def _documents(arm: Arm) -> float | None:
+    found = arm.group.train
+    return found.documents / found.steps if found and found.documents and found.steps else None
+
+
+def _lost(arm: Arm) -> float | None:
+    """Share of the training tokens that no row holds."""
+    ledger = arm.group.ledger
+    if ledger is None:
+        return None
+    lost = ledger.get("tokens_truncated", 0.0) + ledger.get("tokens_dropped", 0.0)
+    whole = lost + ledger.get("tokens_kept", 0.0)
+    return lost / whole if whole else None
+
+
+def _cut(arm: Arm) -> float | None:
+    ledger = arm.group.ledger
+    if ledger is None or not ledger.get("documents_kept"):
+        return None
+    return ledger.get("documents_cut", 0.0) / ledger["documents_kept"]
+
+
+# Learning rates ----------------------------------------------------------------------------------------
+
+
+def without_rate(group: Group) -> Key:
+    return frozenset(item for item in group.labels.items() if item[0] != RATE)
+
+
+def grids(groups: Sequence[Group]) -> dict[Key, Grid]:
+    """By all labels but the rate: which of several did best, by validation loss if all have one, else by score."""
+    members: dict[Key, list[Group]] = {}
+    for group in groups:
+        if RATE in group.labels:
+            members.setdefault(without_rate(group), []).append(group)
+    return {key: grid for key, own in members.items() if (grid := _grid(own)) is not None}
+
+
+def _grid(groups: list[Group]) -> Grid | None:
+    losses = [group.train.validation_loss if group.train else None for group in groups]
+    by = "validation loss"
+    values = [-loss for loss in losses if loss is not None]
+    if len(values) < len(groups):
+        by, values = "average score", [group.average for group in groups if group.average is not None]
+    if len(groups) < 2 or len(values) < len(groups):
+        return None
+    best = groups[max(range(len(groups)), key=values.__getitem__)]
+    return Grid(
+        arm=best.arm,
+        setting={axis: value for axis, value in best.setting.items() if axis != RATE},
+        rates=tuple(sorted((group.labels[RATE] for group in groups), key=float)),
+        best=best.labels[RATE],
+        by=by,
+    )
+
+
+def rates(found: dict[Key, Grid]) -> list[str]:
+    """One line for each setting in which an arm does best at the end of its grid."""
+    members: dict[Key, list[Grid]] = {}
+    for grid in found.values():
+        members.setdefault(frozenset(grid.setting.items()), []).append(grid)
+    return [line for own in members.values() if (line := _edges(own))]
+
+
+def _edges(own: list[Grid]) -> str:
+    at_edge = [f"`{plain(grid.arm)}` at the {grid.edge}, {grid.best}" for grid in own if grid.edge]
+    if not at_edge:
+        return ""
+    setting = f"`{words.name(own[0].setting)}`: " if own[0].setting else ""
+    return (
+        f"{setting}At the edge of the learning rates tried ({', '.join(own[0].rates)}; by {own[0].by}), and so "
+        f"maybe not at its best: {words.listed(at_edge)}."
+    )
