@@ -10,7 +10,7 @@ from packcli import log, stages
 from packcli.config import EvalSpec
 from packcli.launch.local import Failure
 from packcli.report import probe_figures, probed, scores
-from packcli.store import Manifest, Store
+from packcli.store import Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +46,7 @@ def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox
         ConfigError: no such task or checkpoint.
     """
     orders = stages.foreign_orders(checkpoint, spec, store)
-    results, failures = [], []
+    failures = []
     with log.progress() as display:
         bar = display.add_task("eval", total=None, note="")
 
@@ -55,11 +55,11 @@ def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox
 
         scorer = stages.scorer_for(spec, unsafe_no_sandbox=unsafe_no_sandbox, note=note)
         for order, outcome in stages.evaluate(orders, store, scorer, checkpoint=checkpoint):
-            if isinstance(outcome, Manifest):
-                results.append(outcome.results)
             if error := stages.shortfall(order, outcome):
                 failures.append(Failure(("eval", order.id), f"{order.task}: {error}", error.fix, error.exit_code))
-    return Evaluated(checkpoint, results, failures)
+    # As kept, in the order asked for: a rerun prints the same.
+    manifests = [store.manifest("eval", order.id) for order in orders]
+    return Evaluated(checkpoint, [manifest.results for manifest in manifests if manifest], failures)
 
 
 def draw(evaluated: Evaluated, directory: Path) -> list[Path]:

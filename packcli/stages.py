@@ -317,12 +317,17 @@ def shortfall(order: EvalOrder, outcome: Manifest | PackcliError) -> PackcliErro
     return None
 
 
-def is_done(stage: tuple[Kind, str], store: Store) -> bool:
-    """Whether nothing of a stage is left to do: rows a task had to leave out may be scored by now."""
-    if store.state(*stage) != "done":
+def done(plan_: Plan, wanted: Sequence[tuple[Kind, str]], store: Store) -> set[tuple[Kind, str]]:
+    """The stages of which nothing is left to do: rows that a task had to leave out may be scored by now."""
+    states = store.states(wanted)
+    return {stage for stage in wanted if states[stage] == "done" and not _in_part(plan_, stage, store)}
+
+
+def _in_part(plan_: Plan, stage: tuple[Kind, str], store: Store) -> bool:
+    if stage[0] != "eval" or not protocol.may_leave_out(plan_.evals[stage[1]].task):
         return False
-    manifest = store.manifest(*stage) if stage[0] == "eval" else None
-    return manifest is None or not manifest.results.get("left_out")
+    manifest = store.manifest(*stage)
+    return manifest is not None and bool(manifest.results.get("left_out"))
 
 
 def _trained(manifest: Manifest, store: Store) -> Trained:

@@ -36,7 +36,7 @@ from packcli.eval.engines.responses import Answer
 from packcli.files import sha256_file
 from packcli.launch import job, local, worker
 from packcli.launch.script import Submitted
-from packcli.plan import EvalOrder
+from packcli.plan import EvalOrder, Plan
 from packcli.store import Manifest, Store
 
 Run = Callable[..., Done]
@@ -257,10 +257,12 @@ def test_case_51_a_sweep_that_left_rows_out_ends_as_if_all_were_scored(
     left_out = {"rows": ["7"], "reason": "1 of 9 prompts needs a splitter", "fix": "fetch it"}
     order = EvalOrder.model_validate({"id": "x", "train": "t", "task": "ifeval", "protocol": "p", "eval": {}})
     store = Store(tmp_path)
+    nothing: dict[str, Any] = {"tokens": {}, "indexes": {}, "trains": {}}
+    plan = Plan(name="s", baseline=None, axes={}, cells=(), shared=(), evals={"x": order}, **nothing)
     for found, done in ((left_out, False), (None, True)):
         with store.writing("eval", "x"):
             manifest = store.commit("eval", "x", spec={}, inputs={}, results={"left_out": found}, provenance={})
-        assert stages.is_done(("eval", "x"), store) == done
+        assert (("eval", "x") in stages.done(plan, [("eval", "x")], store)) == done
         monkeypatch.setattr(stages, "scorer_for", lambda *_, **__: None)
         monkeypatch.setattr(stages, "evaluate", lambda *_, manifest=manifest: iter([(order, manifest)]))
         asked = {"kind": "eval", "ids": ["x"], "orders": [order.model_dump()], "unsafe_no_sandbox": False}

@@ -99,7 +99,7 @@ def run(
         MissingError: more processes than GPUs.
     """
     wanted = closure(plan, targets)
-    done = {stage for stage in wanted if stages.is_done(stage, store)}
+    done = stages.done(plan, wanted, store)
     jobs = _jobs(plan, [stage for stage in wanted if stage not in done])
     if not jobs:
         return []
