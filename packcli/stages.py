@@ -285,12 +285,12 @@ def evaluate(
         try:
             with store.writing("eval", order.id):
                 scorer.require(order.task)
-                yield order, _scored(order, store, subject)
+                yield order, _scored(order, store, subject, str(checkpoint))
         except PackcliError as error:
             yield order, error
 
 
-def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
+def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: str) -> Manifest:
     kept = store.responses(order.id)
     outcome: Outcome = subject.score(order.task, kept=(kept, order.id), replies=store.replies)
     if outcome.record.get("left_out") is None:
@@ -304,7 +304,7 @@ def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
         spec=order.model_dump(mode="json"),
         inputs={"train": order.train},
         results=outcome.record,
-        provenance={},
+        provenance={"checkpoint": checkpoint},
     )
 
 

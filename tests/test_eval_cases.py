@@ -117,7 +117,8 @@ def test_case_48_a_file_that_is_missing_or_changed_scores_0_or_stops_the_tasks_a
     ((cause, fix),) = done.json()["not_run"].items()
     assert cause.startswith("gsm8k: ")
     assert str(tmp_path / "data" / "gsm8k") in cause
-    assert done.stderr == f"error: {cause}\n\nhint: {fix}\n"
+    lines = "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("tiny_"))
+    assert lines == f"error: {cause}\n\nhint: {fix}\n"
     again = packcli("eval", "--ckpt", checkpoints[0], *tasks)
     assert again.code == code
     assert "gsm8k" not in again.stdout
@@ -527,7 +528,7 @@ def test_sigkill_in_the_middle_of_a_task_and_a_rerun_are_told_from_one_run(
         assert kept[0].read_bytes().startswith(before), "answers that were there are written anew"
     reprinted, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert json.loads(reprinted) == json.loads(printed)
+    assert json.loads(reprinted.replace("killed/store", "whole/store")) == json.loads(printed)
     first, second = entries(tmp_path / "whole"), entries(tmp_path / "killed")
     assert first.keys() == second.keys()
     for id_, directory in first.items():
