@@ -13,6 +13,7 @@ from packcli.data import hub, sources
 from packcli.download import Found, Need
 from packcli.errors import PackcliError
 from packcli.eval import protocol
+from packcli.eval.judge import wildbench
 from packcli.plan import Plan
 
 if TYPE_CHECKING:
@@ -126,6 +127,13 @@ def remote(plan: Plan) -> tuple[Need, ...]:
             if not sources.is_builtin(source) and hub.is_dataset(source.source):
                 needs[_dataset("data", source)] = None
     for order in plan.evals.values():
+        if protocol.kind(order.task) != "benchmark":
+            if order.task == "wildbench" and order.eval.judge is not None and order.eval.bench_data is None:
+                source = SourceSpec(
+                    source=wildbench.HUB_ID, subset=wildbench.HUB_CONFIG, split=wildbench.HUB_SPLIT
+                )
+                needs[_dataset("benchmark", source)] = None
+            continue
         task = protocol.load(order.task)
         if order.eval.bench_data is None and task.needs_data:
             for subset in protocol.hub_configs(task):
@@ -170,6 +178,8 @@ def local(plan: Plan) -> list[Item]:
                 add("data", source.source, () if sources.is_builtin(source) else sources.files(source))
     for order in plan.evals.values():
         directory = order.eval.bench_data
+        if protocol.kind(order.task) != "benchmark":  # a judge's files are named where it is asked: docs/judge.md
+            continue
         if not protocol.load(order.task).needs_data:
             add("benchmark", order.task, ())
         elif directory is not None:
