@@ -136,7 +136,7 @@ def remote(plan: Plan) -> tuple[Need, ...]:
         probed = order.eval.probes.source if order.task == protocol.PROBES else None
         if probed and hub.is_dataset(probed):
             needs[_dataset("data", SourceSpec(source=probed))] = None
-        if order.task == "wildbench" and order.eval.bench_data is None:
+        if order.task == "wildbench" and order.eval.judge is not None and order.eval.bench_data is None:
             questions = SourceSpec(source=wildbench.HUB_ID, subset=wildbench.HUB_CONFIG, split=wildbench.HUB_SPLIT)
             needs[_dataset("benchmark", questions)] = None
     for task, bench_data in _benchmarks(plan):
@@ -190,6 +190,8 @@ def local(plan: Plan) -> list[Item]:
                 add("data", source.source, () if sources.is_builtin(source) else sources.files(source))
     for order in plan.evals.values():
         task, directory = order.task, order.eval.bench_data
+        if protocol.kind(task) == "judged" and order.eval.judge is None:
+            continue  # it will not run, and `sweep` says so
         try:
             scoring.check_files(task, order.eval)
         except PackcliError as error:

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from packcli import batching, fingerprints, memory, shapes
-from packcli import estimate as estimates
+from packcli import fingerprints
 from packcli.config import (
     ARMS,
     ArmSpec,
     CellSpec,
     DataSpec,
-    EstimateSpec,
     EvalSpec,
     ModelSpec,
     SourceSpec,
@@ -26,10 +22,8 @@ from packcli.config import (
     TrainSpec,
 )
 from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
-from packcli.estimate import Estimate, StepArithmetic
 from packcli.eval import protocol, scoring
 from packcli.files import digest, write_json, write_jsonl
-from packcli.memory import Memory
 from packcli.plan import (
     VERSIONS,
     EvalOrder,
@@ -440,43 +434,3 @@ def source_bytes(plan_: Plan) -> dict[str, int]:
     from packcli.data import sources
 
     return {id_: sum(map(sources.local_bytes, order.sources)) for id_, order in plan_.tokens.items()}
-
-
-# Before it runs ----------------------------------------------------------------------------------------
-
-
-class Costs(NamedTuple):
-    """What is known of a training before it runs; None: not prepared, model not known, no cluster named."""
-
-    estimate: Estimate
-    step: StepArithmetic | None
-    memory: Memory | None
-
-
-def costs(order: TrainOrder, store: Store, spec: EstimateSpec) -> Costs:
-    """Exact once the cell is prepared; before that, nothing is said that would be a guess."""
-    source = store.manifest("tokens", order.tokens)
-    shape = shapes.shape(order.model, source.results["vocab_size"] if source else None)
-    needs = None
-    if shape is not None and spec.cluster is not None:
-        needs = memory.estimate(shape, order.train, order.model.dtype, order.max_length, spec.cluster)
-    prepared = store.manifest("index", order.index)
-    if prepared is None:
-        return Costs(Estimate(), None, needs)
-    from packcli.data import index
-
-    rows = index.read(store.rows(order.index))
-    steps = batching.run_steps(rows.sizes, order.train, order.arm.order, order.seed)
-    slots = estimates.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
-    chosen, squares = np.concatenate(steps), rows.squares(order.arm.attention)
-    counts = estimates.Counts(
-        rows=rows.rows.num_rows,
-        steps=len(steps),
-        tokens=int(rows.tokens[chosen].sum()),
-        squares=int(squares[chosen].sum()),
-        supervised=int(rows.supervised[chosen].sum()),
-        slots=float(slots[chosen].sum()),
-        slot_squares=float((squares + (slots - rows.tokens) ** 2)[chosen].sum()),  # padding sees only itself
-    )
-    cost = estimates.estimate(counts, shape, order.train, spec)
-    return Costs(cost, estimates.step_arithmetic(rows.sizes, slots, steps, order.train), needs)
