@@ -1,5 +1,7 @@
 """Do the paper's printed step counts follow from its released code? `python benchmarks/paper_steps.py`.
 
+`--lengths` prints the fitted lognormals as `packcli/papersteps.yaml` ships them.
+
 Prints the tables of docs/paper-steps.md. A consistency check on drawn lengths, never a reproduction: the real
 conversations are not here. Two cells of each data set are fitted, by the mean and the spread of a distribution;
 the rest is by construction or predicted. Nothing is random but the order of documents, seed 0.
@@ -7,6 +9,7 @@ the rest is by construction or predicted. Nothing is random but the order of doc
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,15 +67,30 @@ def quantile(family: str, share: NDArray[np.float64], spread: float) -> NDArray[
 
 def draw(family: str, num_documents: int, mean: float, spread: float) -> Ints:
     """Evenly spaced quantiles in random order: the distribution without the luck of the draw. `[N] int64`."""
-    share = (np.arange(num_documents) + 0.5) / num_documents
-    shape = quantile(family, share, spread)
+    shape = quantile(family, _shares(num_documents), spread)
+    lengths = np.clip(factor(shape, mean) * shape, SHORTEST, LONGEST)
+    return np.random.default_rng(0).permutation(np.rint(lengths).astype(np.int64))
 
-    def scaled(log_factor: float) -> NDArray[np.float64]:
-        return np.asarray(np.clip(np.exp(log_factor) * shape, SHORTEST, LONGEST))
+
+def _shares(num_documents: int) -> NDArray[np.float64]:
+    return (np.arange(num_documents) + 0.5) / num_documents
+
+
+def factor(shape: NDArray[np.float64], mean: float) -> float:
+    """What `shape` is multiplied by to have that mean once it is cut to the shortest and the longest length."""
+
+    def miss(log_factor: float) -> float:
+        return float(np.clip(np.exp(log_factor) * shape, SHORTEST, LONGEST).mean() - mean)
 
     low = np.log(mean / shape.mean()) - 1
-    lengths = scaled(brentq(lambda log_factor: scaled(log_factor).mean() - mean, low, low + 12, xtol=1e-7))
-    return np.random.default_rng(0).permutation(np.rint(lengths).astype(np.int64))
+    return float(np.exp(brentq(miss, low, low + 12, xtol=1e-7)))
+
+
+def parameters(dataset: str, near: float) -> dict[str, float]:
+    """The lognormal of a data set as it is shipped: its median before lengths are cut. `near`: as in `fit`."""
+    fitted, count = fit(dataset, "lognormal", near=near), documents(dataset)
+    median = factor(quantile("lognormal", _shares(count), fitted.spread), fitted.mean)
+    return {"documents": count, "median": round(median, 1), "sigma": round(fitted.spread, 4)}
 
 
 def documents(dataset: str) -> int:
@@ -297,7 +315,16 @@ def print_tulu() -> None:
             print(f"| {order}, x{factor:.3f} | {rule} | {steps:,} | {printed:,} | {steps / printed - 1:+.1%} |")
 
 
+def print_lengths() -> None:
+    for dataset in datasets():
+        found = parameters(dataset, fit(dataset, "lognormal", workers=COARSE[dataset]).spread)
+        print(f"    {dataset}: {{{', '.join(f'{key}: {value}' for key, value in found.items())}}}", flush=True)
+
+
 def main() -> None:
+    if "--lengths" in sys.argv[1:]:
+        print_lengths()
+        return
     print_rows()
     print_table(
         "data set", "family", "mean", "median", "spread", "greedy loses, % of tokens", "% of conversations",

@@ -61,7 +61,7 @@ Fallback = Annotated[
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
 ]
-Format = Literal["table", "md", "csv", "latex", "json"]
+Format = Literal["table", "md", "csv", "latex", "json", "html"]
 DEFAULT_RUNS = Path("runs")
 
 
@@ -410,6 +410,10 @@ def sweep(
     retry: Annotated[
         bool, typer.Option("--retry", help="On a cluster: also what is quarantined, or ran out of memory.")
     ] = False,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", metavar="X", min=0, help="Run nothing if trainings are to take more."),
+    ] = None,
     nproc_per_node: Processes = None,
     grace: Grace = GRACE_S,
     allow_fallback: Fallback = False,
@@ -439,8 +443,12 @@ def sweep(
     for problem in stages.preflight(plan, store):
         log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)
     if dry_run:
-        _dry_run(plan, store, profile, _typed(sweep, set_, None, runs), json)
+        _dry_run(plan, store, profile, _typed(sweep, set_, None, runs), json, max_gpu_hours)
         return
+    if max_gpu_hours is not None:
+        from packcli.report import dryrun
+
+        dryrun.check_budget(dryrun.collect(plan, store, _where(profile)), max_gpu_hours)
     if profile is not None:
         sizes = stages.source_bytes(plan)
         outcome = cluster.submit(
@@ -467,10 +475,12 @@ def sweep(
     console.finish(failures)
 
 
-def _dry_run(plan: Plan, store: Store, profile: Profile | None, typed: str, json: bool) -> None:
-    from packcli.report import status as statuses
+def _dry_run(
+    plan: Plan, store: Store, profile: Profile | None, typed: str, json: bool, most: float | None
+) -> None:
+    from packcli.report import dryrun
 
-    document, jobs = statuses.dry_run(plan, store), None
+    document, jobs = dryrun.collect(plan, store, _where(profile)), None
     if profile is not None:
         from packcli import stages
         from packcli.launch import cluster, graph, show
@@ -480,16 +490,26 @@ def _dry_run(plan: Plan, store: Store, profile: Profile | None, typed: str, json
         jobs = show.planned(plan, store, profile, graph.graph(plan, profile, known), typed)
     if json:
         console.print_json({**document, "jobs": jobs} if jobs else document)
-        return
-    for part in (statuses.table(document), *statuses.before_training(document)):
-        console.show(part)
-    if jobs is not None:
+    else:
+        for part in dryrun.shown(document):
+            console.show(part)
+    if jobs is not None and not json:
         if not jobs["arrays"]:
             typer.echo("nothing to submit: all is done, has its job, or would only fail again (--retry)")
-            return
-        console.show(show.graph_table(jobs))
-        for line in show.scripts(jobs):
-            typer.echo(line)
+        else:
+            console.show(show.graph_table(jobs))
+            for line in show.scripts(jobs):
+                typer.echo(line)
+    if most is not None:
+        dryrun.check_budget(document, most)
+
+
+def _where(profile: Profile | None) -> tuple[int, int] | None:
+    """Nodes of a training on a cluster, and the GPUs of each."""
+    if profile is None:
+        return None
+    asked = profile.resources("train")
+    return asked.nodes, asked.gpus_per_node
 
 
 def _jobs_there(store: Store) -> View | None:
@@ -562,7 +582,7 @@ def status(
 @app.command()
 def report(
     sweep: SweepFile,
-    format_: Annotated[Format, typer.Option("--format", help="table, md, csv, latex or json.")] = "table",
+    format_: Annotated[Format, typer.Option("--format", help="table, md, csv, latex, json or html.")] = "table",
     against: Annotated[
         Literal["paper"] | None, typer.Option("--against", help='Beside what "Packing Analysis" printed.')
     ] = None,
@@ -644,6 +664,10 @@ def _report(
             typer.echo(render.latex_text(collected, beside, everything=everything), nl=False)
         case "json":
             typer.echo(render.json_text(collected, beside))
+        case "html":
+            from packcli.report.page import write
+
+            typer.echo(write.document(plan, store, collected), nl=False)
     return collected
 
 

@@ -162,6 +162,7 @@ class SourceSpec(Spec):
     mapping     the field packcli knows -> the name it has in the data; unset: what `data.mapping` says.
     weight      how often each conversation is used: 0.25 draws a quarter of them, 2 takes each twice. Which are
                 drawn is decided by their content.
+    turns       single: conversations with one answer alone; multi: those with several. The others are rejected.
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -171,6 +172,7 @@ class SourceSpec(Spec):
     streaming: bool = False
     mapping: dict[str, str] | None = None
     weight: PositiveFloat = 1.0
+    turns: Literal["any", "single", "multi"] = "any"
 
 
 def _blocks(value: Any) -> Any:

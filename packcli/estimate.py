@@ -1,27 +1,30 @@
 """What a cell will cost, from counts that are known before it runs. Pure.
 
-Rows and steps are exact once the row index exists. Hours need a measured rate of a cluster, so without one
-they are null: never a guess.
+Rows and steps are exact once the row index exists. Hours need a rate (`rates.py`), so without one they are null:
+never a guess.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packcli import batching, flops, memory
 from packcli.batching import Ints, Sizes
-from packcli.config import EstimateSpec, LayoutSpec, Spec, TrainSpec
+from packcli.config import ClusterSpec, LayoutSpec, Spec, TrainSpec
+from packcli.rates import SlotRate
 
 
 class Estimate(Spec):
-    """`flops`: model FLOPs of the whole run. null: not known yet (`packcli prepare` first), or no rate given.
+    """`flops`: model FLOPs of the whole run. null: not known yet (`packcli prepare` first), or no rate known.
 
-    `hours` on the cluster named in the sweep, `gpu_hours` = hours x its GPUs.
+    `hours` on the cluster named in the sweep, `gpu_hours` = hours x its GPUs, at the slot rate that `rate` names.
+    `lengths`: what rows are made of: prepared data, or lengths fitted to the paper's printed steps, not measured.
     """
 
     rows: int | None = None
@@ -29,6 +32,8 @@ class Estimate(Spec):
     flops: float | None = None
     hours: float | None = None
     gpu_hours: float | None = None
+    lengths: Literal["prepared", "fitted"] | None = None
+    rate: str | None = None
 
 
 class StepArithmetic(Spec):
@@ -80,18 +85,48 @@ def row_slots(tokens: Ints, arm: LayoutSpec, max_length: int, ledger: Mapping[st
             return tokens.astype(np.float64) * share
 
 
-def step_arithmetic(
-    sizes: Sizes, slots: NDArray[np.float64], steps: list[Ints], train: TrainSpec
-) -> StepArithmetic:
-    """`slots` [R]: of each row (`row_slots`); `steps`: the rows of each (`batching.run_steps`)."""
-    chosen, count = np.concatenate(steps), len(steps)
-    documents = float(sizes.documents[chosen].sum()) / count
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """`times` [R] float64: how often a run sees each row, on average. `steps`: of the whole run."""
+
+    times: NDArray[np.float64]
+    steps: int
+
+    def total(self, values: Ints | NDArray[np.float64]) -> float:
+        """Of something counted of each row, `[R]`, over the whole run."""
+        return float((values * self.times).sum())
+
+
+def visits(steps: list[Ints], num_rows: int) -> Visits:
+    """Of a run whose steps are known (`batching.run_steps`)."""
+    return Visits(np.bincount(np.concatenate(steps), minlength=num_rows).astype(np.float64), len(steps))
+
+
+def visits_of_sample(sizes: Sizes, train: TrainSpec, times: float) -> Visits:
+    """Of a run on `times` as many rows as these.
+
+    Steps end at multiples of `global_batch`, so there are as many as multiples are reached.
+    """
+    units = times * float(sizes.counts(train.batch_unit).sum())
+    if train.epochs is not None:
+        epochs = float(train.epochs)
+    elif train.steps is not None:
+        epochs = train.steps * train.global_batch / units
+    else:
+        epochs = (train.tokens or 0) / (times * float(sizes.tokens.sum()))
+    steps = train.steps or math.ceil(epochs * units / train.global_batch)
+    return Visits(np.full(len(sizes.tokens), epochs * times), steps)
+
+
+def step_arithmetic(sizes: Sizes, slots: NDArray[np.float64], seen: Visits, train: TrainSpec) -> StepArithmetic:
+    """`slots` [R]: of each row (`row_slots`)."""
+    documents = seen.total(sizes.documents) / seen.steps
     return StepArithmetic(
-        steps=count,
-        rows=len(chosen) / count,
+        steps=seen.steps,
+        rows=float(seen.times.sum()) / seen.steps,
         documents=documents,
-        tokens=float(sizes.tokens[chosen].sum()) / count,
-        slots=float(slots[chosen].sum()) / count,
+        tokens=seen.total(sizes.tokens) / seen.steps,
+        slots=seen.total(slots) / seen.steps,
         lr=batching.peak_lr(train, documents),
         lr_given=train.lr,
         lr_rule=train.lr_rule,
@@ -103,22 +138,31 @@ def step_arithmetic(
 class Counts:
     """Of the whole run, but for `rows`, which are those of the data.
 
-    `squares`: sum of squared lengths that attention sees; `slots` and `slot_squares`: the same, padding included.
+    `squares`: sum of squared lengths that attention sees; `slots` and `slot_squares`: the same of what takes time,
+    padding included.
     """
 
     rows: int
     steps: int
-    tokens: int
-    squares: int
-    supervised: int
+    tokens: float
+    squares: float
+    supervised: float
     slots: float
     slot_squares: float
 
 
-def estimate(counts: Counts, shape: flops.Shape | None, train: TrainSpec, spec: EstimateSpec) -> Estimate:
-    """FLOPs where the model's shape is known; hours where cluster and rate are given too."""
+def estimate(
+    counts: Counts,
+    shape: flops.Shape | None,
+    train: TrainSpec,
+    cluster: ClusterSpec | None,
+    rate: SlotRate | None,
+    lengths: Literal["prepared", "fitted"] = "prepared",
+) -> Estimate:
+    """FLOPs where the model's shape is known; hours where there are a cluster and a rate too."""
+    found = Estimate(rows=counts.rows, steps=counts.steps, lengths=lengths)
     if shape is None:
-        return Estimate(rows=counts.rows, steps=counts.steps)
+        return found
     adapters = None if train.lora is None else shape.layers * memory.adapter_parameters(shape, train.lora)
 
     def work(tokens: float, squares: float) -> float:
@@ -126,16 +170,16 @@ def estimate(counts: Counts, shape: flops.Shape | None, train: TrainSpec, spec: 
             shape,
             tokens=int(tokens),
             squares=int(squares),
-            supervised=counts.supervised,
+            supervised=int(counts.supervised),
             trainable=adapters,
         )
 
-    hours = gpu_hours = None
-    if spec.cluster is not None and spec.slot_mfu is not None and (peak := memory.peak_flops(spec.cluster.gpu)):
-        gpu_hours = work(counts.slots, counts.slot_squares) / (peak * spec.slot_mfu) / 3600
-        hours = gpu_hours / spec.cluster.gpus
-    useful = work(counts.tokens, counts.squares)
-    return Estimate(rows=counts.rows, steps=counts.steps, flops=useful, hours=hours, gpu_hours=gpu_hours)
+    found = found.model_copy(update={"flops": work(counts.tokens, counts.squares)})
+    if cluster is None or rate is None or not (peak := memory.peak_flops(cluster.gpu)):
+        return found
+    gpu_hours = work(counts.slots, counts.slot_squares) / (peak * rate.mfu) / 3600
+    hours = gpu_hours / cluster.gpus
+    return found.model_copy(update={"hours": hours, "gpu_hours": gpu_hours, "rate": rate.text})
 
 
 def total(estimates: list[Estimate]) -> Estimate:

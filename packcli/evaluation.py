@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from packcli import log, stages
 from packcli.config import EvalSpec
+from packcli.errors import ConfigError, PackcliError
+from packcli.launch import local
 from packcli.launch.local import Failure
 from packcli.report import probe_figures, probed, scores
-from packcli.store import Manifest, Store
+from packcli.store import Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,20 +24,31 @@ class Evaluated:
 
     checkpoint: str
     results: list[dict[str, Any]]
+    directories: dict[str, str]
     failures: list[Failure]
 
     def document(self) -> dict[str, Any]:
-        """As JSON; `not_run`: causes and what to do about them."""
+        """As JSON; `directories`: where each task's results and samples are; `not_run`: causes, and what to do."""
         not_run = {failure.cause: failure.fix for failure in self.failures}
-        return {"checkpoint": self.checkpoint, "results": self.results, "not_run": not_run}
+        return {
+            "checkpoint": self.checkpoint,
+            "results": self.results,
+            "directories": self.directories,
+            "not_run": not_run,
+        }
 
     def shown(self) -> list[RenderableType]:
         """As tables."""
+        from rich.text import Text
+
         scored = [result for result in self.results if "score" in result]
         parts: list[RenderableType] = [scores.table(scored), *scores.notes(scored)] if scored else []
         for result in self.results:
             if "probes" in result:
                 parts += probed.tables(result["probes"])
+        if self.directories:
+            parts.append("results.json and samples.jsonl of each task:")
+            parts += [Text(f"  {task}: {place}") for task, place in self.directories.items()]
         return parts
 
 
@@ -45,9 +58,10 @@ def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox
     Raises:
         ConfigError: no such task or checkpoint.
     """
+    _check(spec)
     orders = stages.foreign_orders(checkpoint, spec, store)
-    results, failures = [], []
-    with log.progress() as display:
+    failures = []
+    with local.terminable(), log.progress() as display:
         bar = display.add_task("eval", total=None, note="")
 
         def note(done: int, total: int, what: str) -> None:
@@ -55,11 +69,28 @@ def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox
 
         scorer = stages.scorer_for(spec, unsafe_no_sandbox=unsafe_no_sandbox, note=note)
         for order, outcome in stages.evaluate(orders, store, scorer, checkpoint=checkpoint):
-            if isinstance(outcome, Manifest):
-                results.append(outcome.results)
+            if not isinstance(outcome, PackcliError):
+                log.logger.info("%s", scores.line(outcome.results))
             if error := stages.shortfall(order, outcome):
                 failures.append(Failure(("eval", order.id), f"{order.task}: {error}", error.fix, error.exit_code))
-    return Evaluated(checkpoint, results, failures)
+    # As kept, in the order asked for: a rerun prints the same.
+    done = {order.task: manifest for order in orders if (manifest := store.manifest("eval", order.id))}
+    return Evaluated(
+        checkpoint,
+        results=[manifest.results for manifest in done.values()],
+        directories={task: str(store.directory("eval", manifest.id)) for task, manifest in done.items()},
+        failures=failures,
+    )
+
+
+def _check(spec: EvalSpec) -> None:
+    """What would be passed over in silence."""
+    if not spec.tasks:
+        raise ConfigError("`--tasks` names no task", "such as `--tasks paper` or `--tasks gsm8k,probes`")
+    if spec.base_url is not None and spec.engine != "openai":
+        raise ConfigError(f"`--base-url` with `--engine {spec.engine}`, which asks no server", "`--engine openai`")
+    if spec.processes is not None and spec.engine != "hf":
+        raise ConfigError(f"`--processes` with `--engine {spec.engine}`", "it is for `--engine hf`")
 
 
 def draw(evaluated: Evaluated, directory: Path) -> list[Path]:
@@ -69,4 +100,6 @@ def draw(evaluated: Evaluated, directory: Path) -> list[Path]:
         ConfigError: as `probe_figures.draw`.
     """
     found = [result["probes"] for result in evaluated.results if "probes" in result]
+    if not found:
+        raise ConfigError("`--figures` draws what `probes` found, and there is nothing of it", "`--tasks probes`")
     return [path for one in found for path in probe_figures.draw(one, directory)]

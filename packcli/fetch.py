@@ -20,7 +20,7 @@ from packcli.errors import MissingError, PackcliError
 from packcli.eval import protocol, scorers, scoring
 from packcli.eval.checkpoint import first_line
 from packcli.eval.judge import wildbench
-from packcli.plan import Plan
+from packcli.plan import EvalOrder, Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,7 +136,7 @@ def remote(plan: Plan) -> tuple[Need, ...]:
         probed = order.eval.probes.source if order.task == protocol.PROBES else None
         if probed and hub.is_dataset(probed):
             needs[_dataset("data", SourceSpec(source=probed))] = None
-        if order.task == "wildbench" and order.eval.bench_data is None:
+        if order.task == "wildbench" and order.eval.judge is not None and order.eval.bench_data is None:
             questions = SourceSpec(source=wildbench.HUB_ID, subset=wildbench.HUB_CONFIG, split=wildbench.HUB_SPLIT)
             needs[_dataset("benchmark", questions)] = None
     for task, bench_data in _benchmarks(plan):
@@ -189,20 +189,30 @@ def local(plan: Plan) -> list[Item]:
             if sources.is_builtin(source) or not hub.is_dataset(source.source):
                 add("data", source.source, () if sources.is_builtin(source) else sources.files(source))
     for order in plan.evals.values():
-        task, directory = order.task, order.eval.bench_data
-        try:
-            scoring.check_files(task, order.eval)
-        except PackcliError as error:
-            items["benchmark", task] = Item("benchmark", task, "failed", error=error)
-            continue
-        match protocol.kind(task):
-            case "judged" if directory is not None:
-                add("benchmark", task, (), directory)
-            case "benchmark" if not protocol.load(task).needs_data:
-                add("benchmark", task, ())
-            case "benchmark" if directory is not None and not protocol.load(task).from_hub(directory):
-                add("benchmark", task, [Path(directory) / file.path for file in protocol.files(task)], directory)
+        item = _scored_files(order)
+        if item is not None:
+            items[item.what, item.name] = item
     return list(items.values())
+
+
+def _scored_files(order: EvalOrder) -> Item | None:
+    """The files of a task, or why they will not do; None for what is not here, or needs none."""
+    task, directory = order.task, order.eval.bench_data
+    if protocol.kind(task) == "judged" and order.eval.judge is None:
+        return None  # it will not run, and `sweep` says so
+    try:
+        scoring.check_files(task, order.eval)
+    except PackcliError as error:
+        return Item("benchmark", task, "failed", error=error)
+    match protocol.kind(task):
+        case "judged" if directory is not None:
+            return Item("benchmark", task, "local", directory)
+        case "benchmark" if not protocol.load(task).needs_data:
+            return Item("benchmark", task, "local", "in packcli")
+        case "benchmark" if directory is not None and not protocol.load(task).from_hub(directory):
+            sizes = [(Path(directory) / file.path).stat().st_size for file in protocol.files(task)]
+            return Item("benchmark", task, "local", directory, bytes=sum(sizes))
+    return None
 
 
 def machine(plan: Plan, *, online: bool = True) -> list[Item]:

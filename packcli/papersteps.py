@@ -27,10 +27,26 @@ class _Run(Spec):
     gpus: int
 
 
+class Lognormal(Spec):
+    """Of lengths in tokens, before they are cut to the shortest and the longest."""
+
+    documents: int
+    median: float
+    sigma: float
+
+
+class _Lengths(Spec):
+    shortest: int
+    longest: int
+    sets: dict[str, Lognormal]  # by data set
+
+
 class _Paper(Spec):
     validation: float
     runs: dict[str, _Run]  # by model
     total_steps: dict[str, dict[str, dict[str, int]]]  # data set -> arm -> model -> optimizer steps
+    steps_per_s: dict[str, dict[str, dict[str, float]]]  # the same
+    lengths: _Lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +91,23 @@ def expected_steps(dataset: str, model: str, arm: str) -> int:
             f"the paper prints no step count for {dataset} / {model} / {arm}",
             f"data sets: {', '.join(datasets())}; models: {', '.join(models())}; arms: {', '.join(arms())}",
         ) from None
+
+
+def steps_per_s(dataset: str, model: str, arm: str) -> float:
+    """As printed, of a run that the paper made."""
+    return _paper().steps_per_s[dataset][arm][model]
+
+
+def slots_per_step(model: str) -> tuple[int, int]:
+    """(slots of a step whose rows are all full, GPUs that share them)."""
+    run = _paper().runs[model]
+    return run.per_device_batch * run.grad_accum * run.gpus * MAX_LENGTH, run.gpus
+
+
+def lengths(dataset: str) -> tuple[Lognormal, int, int]:
+    """Lengths of a data set, the shortest and the longest: fitted to the paper's printed steps, not measured."""
+    found = _paper().lengths
+    return found.sets[dataset], found.shortest, found.longest
 
 
 def total_steps(num_rows: int, model: str) -> int:

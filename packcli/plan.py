@@ -349,7 +349,15 @@ class _Builder:
         return order, identity
 
     def _sources(self, data: DataSpec) -> list[list[Any]]:
-        return [[self._fingerprints[source_key(item)], item.mapping, item.weight] for item in data.sources]
+        return [
+            [
+                self._fingerprints[source_key(item)],
+                item.mapping,
+                item.weight,
+                *([item.turns] if item.turns != "any" else []),
+            ]
+            for item in data.sources
+        ]
 
     def _index(self, tokens: str, data: DataSpec, arm: ArmSpec, train: TrainSpec, seed: int) -> IndexOrder:
         layout = arm.rows

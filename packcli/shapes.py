@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from packcli import flops
 from packcli.config import ModelSpec
@@ -24,8 +23,8 @@ def shape(model: ModelSpec, vocab: int | None = None) -> flops.Shape | None:
     name = str(model.name)
     if Path(name).is_dir():
         return _read(Path(name) / "config.json")
-    if (known := _known().get(name)) is not None:
-        return flops.shape(known)
+    if (known := packaged().get(name)) is not None:
+        return known
     cached = _cached(name, model.revision)
     return _read(cached) if cached else None
 
@@ -49,6 +48,8 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 @cache
-def _known() -> Mapping[str, Mapping[str, Any]]:
+def packaged() -> Mapping[str, flops.Shape]:
+    """Those of shapes.yaml, by the models' names."""
     name = "shapes.yaml"
-    return parse((resources.files("packcli") / name).read_text(encoding="utf-8"), name)[0]
+    configs = parse((resources.files("packcli") / name).read_text(encoding="utf-8"), name)[0]
+    return {model: shape for model, config in configs.items() if (shape := flops.shape(config)) is not None}

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from packcli import batching, fingerprints, memory, shapes
-from packcli import estimate as estimates
+from packcli import fingerprints
 from packcli.config import (
     ARMS,
     ArmSpec,
     CellSpec,
     DataSpec,
-    EstimateSpec,
     EvalSpec,
     ModelSpec,
     SourceSpec,
@@ -26,10 +22,8 @@ from packcli.config import (
     TrainSpec,
 )
 from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
-from packcli.estimate import Estimate, StepArithmetic
 from packcli.eval import protocol, scoring
 from packcli.files import digest, write_json, write_jsonl
-from packcli.memory import Memory
 from packcli.plan import (
     VERSIONS,
     EvalOrder,
@@ -285,12 +279,12 @@ def evaluate(
         try:
             with store.writing("eval", order.id):
                 scorer.require(order.task)
-                yield order, _scored(order, store, subject)
+                yield order, _scored(order, store, subject, str(checkpoint))
         except PackcliError as error:
             yield order, error
 
 
-def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
+def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: str) -> Manifest:
     kept = store.responses(order.id)
     outcome: Outcome = subject.score(order.task, kept=(kept, order.id), replies=store.replies)
     if outcome.record.get("left_out") is None:
@@ -304,7 +298,7 @@ def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint) -> Manifest:
         spec=order.model_dump(mode="json"),
         inputs={"train": order.train},
         results=outcome.record,
-        provenance={},
+        provenance={"checkpoint": checkpoint},
     )
 
 
@@ -317,12 +311,17 @@ def shortfall(order: EvalOrder, outcome: Manifest | PackcliError) -> PackcliErro
     return None
 
 
-def is_done(stage: tuple[Kind, str], store: Store) -> bool:
-    """Whether nothing of a stage is left to do: rows a task had to leave out may be scored by now."""
-    if store.state(*stage) != "done":
+def done(plan_: Plan, wanted: Sequence[tuple[Kind, str]], store: Store) -> set[tuple[Kind, str]]:
+    """The stages of which nothing is left to do: rows that a task had to leave out may be scored by now."""
+    states = store.states(wanted)
+    return {stage for stage in wanted if states[stage] == "done" and not _in_part(plan_, stage, store)}
+
+
+def _in_part(plan_: Plan, stage: tuple[Kind, str], store: Store) -> bool:
+    if stage[0] != "eval" or not protocol.may_leave_out(plan_.evals[stage[1]].task):
         return False
-    manifest = store.manifest(*stage) if stage[0] == "eval" else None
-    return manifest is None or not manifest.results.get("left_out")
+    manifest = store.manifest(*stage)
+    return manifest is not None and bool(manifest.results.get("left_out"))
 
 
 def _trained(manifest: Manifest, store: Store) -> Trained:
@@ -435,43 +434,3 @@ def source_bytes(plan_: Plan) -> dict[str, int]:
     from packcli.data import sources
 
     return {id_: sum(map(sources.local_bytes, order.sources)) for id_, order in plan_.tokens.items()}
-
-
-# Before it runs ----------------------------------------------------------------------------------------
-
-
-class Costs(NamedTuple):
-    """What is known of a training before it runs; None: not prepared, model not known, no cluster named."""
-
-    estimate: Estimate
-    step: StepArithmetic | None
-    memory: Memory | None
-
-
-def costs(order: TrainOrder, store: Store, spec: EstimateSpec) -> Costs:
-    """Exact once the cell is prepared; before that, nothing is said that would be a guess."""
-    source = store.manifest("tokens", order.tokens)
-    shape = shapes.shape(order.model, source.results["vocab_size"] if source else None)
-    needs = None
-    if shape is not None and spec.cluster is not None:
-        needs = memory.estimate(shape, order.train, order.model.dtype, order.max_length, spec.cluster)
-    prepared = store.manifest("index", order.index)
-    if prepared is None:
-        return Costs(Estimate(), None, needs)
-    from packcli.data import index
-
-    rows = index.read(store.rows(order.index))
-    steps = batching.run_steps(rows.sizes, order.train, order.arm.order, order.seed)
-    slots = estimates.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
-    chosen, squares = np.concatenate(steps), rows.squares(order.arm.attention)
-    counts = estimates.Counts(
-        rows=rows.rows.num_rows,
-        steps=len(steps),
-        tokens=int(rows.tokens[chosen].sum()),
-        squares=int(squares[chosen].sum()),
-        supervised=int(rows.supervised[chosen].sum()),
-        slots=float(slots[chosen].sum()),
-        slot_squares=float((squares + (slots - rows.tokens) ** 2)[chosen].sum()),  # padding sees only itself
-    )
-    cost = estimates.estimate(counts, shape, order.train, spec)
-    return Costs(cost, estimates.step_arithmetic(rows.sizes, slots, steps, order.train), needs)

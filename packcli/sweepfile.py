@@ -233,10 +233,17 @@ def _matches(cell: Mapping[str, Value], entry: Mapping[str, Any]) -> bool:
 
 
 def _value(value: Any, path: KeyPath, lines: Lines) -> Value:
+    return Value(value, _label(value, path, lines))
+
+
+def _label(value: Any, path: KeyPath, lines: Lines) -> str:
+    """A value as typed; of a list `a+b`; of a block of data `source key=value`."""
     if isinstance(value, list):
-        texts = [lines.texts.get((*path, str(index)), str(item)) for index, item in enumerate(value)]
-        return Value(value, "+".join(texts))
-    return Value(value, lines.texts.get(path, str(value)))
+        return "+".join(_label(item, (*path, str(index)), lines) for index, item in enumerate(value))
+    if isinstance(value, dict) and "source" in value:
+        texts = {key: _label(inner, (*path, str(key)), lines) for key, inner in value.items()}
+        return " ".join([texts.pop("source"), *(f"{key}={text}" for key, text in texts.items())])
+    return lines.texts.get(path, str(value))
 
 
 def _cell(

@@ -36,7 +36,7 @@ OPTIONS = {
     | {"--probe-data", "--before", "--figures"},
     "sweep": SELECTING
     | {"--on", "--dry-run", "--wait", "--retry", "--nproc-per-node", "--grace", "--allow-fallback"}
-    | {"--unsafe-no-sandbox"},
+    | {"--unsafe-no-sandbox", "--max-gpu-hours"},
     "cancel": SELECTING,
     "fetch": SELECTING,
     "status": SELECTING,
@@ -383,7 +383,7 @@ def test_a_dry_run_has_the_keys_of_the_contract_and_does_nothing(run_cli: Run, p
     assert {"shared", "cells", "total"} <= document.keys()
     assert len(document["cells"]) == 10
     for cell in document["cells"]:
-        assert cell.keys() == {"cell", "labels", "stages", "estimate", "step", "memory"}
+        assert cell.keys() == {"cell", "labels", "stages", "estimate", "step", "memory", "warnings"}
         assert cell["stages"].keys() == {"prepare", "train", "eval"}
         assert [cell["stages"][stage]["state"] for stage in ("prepare", "train", "eval")] == [
             "done",
@@ -391,7 +391,7 @@ def test_a_dry_run_has_the_keys_of_the_contract_and_does_nothing(run_cli: Run, p
             "pending",
         ]
         estimate = cell["estimate"]
-        assert estimate.keys() == {"rows", "steps", "flops", "hours", "gpu_hours"}
+        assert estimate.keys() == {"rows", "steps", "flops", "hours", "gpu_hours", "lengths", "rate"}
         assert estimate["rows"] > 0
         assert estimate["steps"] == -(-2 * estimate["rows"] // 8)
         assert estimate["flops"] > 0

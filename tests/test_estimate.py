@@ -11,16 +11,16 @@ import pytest
 
 from packcli import batching, estimate, flops, memory
 from packcli.batching import Sizes
-from packcli.config import ARMS, ArmSpec, EstimateSpec, TrainSpec
+from packcli.config import ARMS, ArmSpec, ClusterSpec, TrainSpec
 from packcli.estimate import Counts, Estimate
+from packcli.rates import SlotRate
 
 SHAPE = flops.Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=500)
 COUNTS = Counts(
     rows=10, steps=5, tokens=1000, squares=90_000, supervised=400, slots=4000.0, slot_squares=1_000_000.0
 )
-CLUSTER = EstimateSpec.model_validate(
-    {"cluster": {"nodes": 2, "gpus_per_node": 4, "gpu": "H200"}, "slot_mfu": 0.4}
-)
+CLUSTER = ClusterSpec(nodes=2, gpus_per_node=4, gpu="H200")
+RATE = SlotRate(0.4, as_full=False, text="given")
 
 
 def train_spec(**fields: Any) -> TrainSpec:
@@ -31,8 +31,8 @@ def arithmetic(**fields: Any) -> estimate.StepArithmetic:
     """Five rows of six conversations each, two a step."""
     sizes = Sizes(np.full(5, 900), np.full(5, 6), np.array([0, 5]))
     train = train_spec(**fields)
-    steps = batching.run_steps(sizes, train, "shuffled", seed=0)
-    return estimate.step_arithmetic(sizes, np.full(5, 1024.0), steps, train)
+    seen = estimate.visits(batching.run_steps(sizes, train, "shuffled", seed=0), 5)
+    return estimate.step_arithmetic(sizes, np.full(5, 1024.0), seen, train)
 
 
 # A step ------------------------------------------------------------------------------------------------
@@ -72,8 +72,8 @@ def test_a_fixed_rate_has_no_arithmetic() -> None:
 def test_one_conversation_a_row_and_one_step_are_singular() -> None:
     sizes = Sizes(np.full(2, 100), np.ones(2, np.int64), np.array([0, 2]))
     train = train_spec()
-    steps = batching.run_steps(sizes, train, "shuffled", seed=0)
-    text = estimate.step_arithmetic(sizes, np.full(2, 100.0), steps, train).text()
+    seen = estimate.visits(batching.run_steps(sizes, train, "shuffled", seed=0), 2)
+    text = estimate.step_arithmetic(sizes, np.full(2, 100.0), seen, train).text()
     assert text.startswith("1 row = 1 conversation: 2 rows = 2 conversations")
     assert "; 1 step; " in text
 
@@ -91,7 +91,7 @@ def test_slots_of_a_row_are_those_its_layout_computes(arm: str, slots: list[floa
 
 
 def test_hours_count_padding_and_flops_do_not() -> None:
-    found = estimate.estimate(COUNTS, SHAPE, train_spec(), CLUSTER)
+    found = estimate.estimate(COUNTS, SHAPE, train_spec(), CLUSTER, RATE)
     useful = flops.training(SHAPE, tokens=1000, squares=90_000, supervised=400)
     computed = flops.training(SHAPE, tokens=4000, squares=1_000_000, supervised=400)
     assert found.flops == useful
@@ -99,17 +99,16 @@ def test_hours_count_padding_and_flops_do_not() -> None:
     assert found.hours == pytest.approx(found.gpu_hours / 8)
 
 
-@pytest.mark.parametrize("missing", ["cluster", "slot_mfu"])
-def test_no_hours_without_a_cluster_and_a_rate(missing: str) -> None:
-    spec = CLUSTER.model_copy(update={missing: None})
-    found = estimate.estimate(COUNTS, SHAPE, train_spec(), spec)
-    assert (found.hours, found.gpu_hours) == (None, None)
+@pytest.mark.parametrize(("cluster", "rate"), [(None, RATE), (CLUSTER, None)])
+def test_no_hours_without_a_cluster_and_a_rate(cluster: ClusterSpec | None, rate: SlotRate | None) -> None:
+    found = estimate.estimate(COUNTS, SHAPE, train_spec(), cluster, rate)
+    assert (found.hours, found.gpu_hours, found.rate) == (None, None, None)
     assert found.flops is not None
 
 
 def test_a_model_without_a_shape_has_steps_but_no_flops() -> None:
-    found = estimate.estimate(COUNTS, None, train_spec(), CLUSTER)
-    assert found == Estimate(rows=10, steps=5)
+    found = estimate.estimate(COUNTS, None, train_spec(), CLUSTER, RATE)
+    assert found == Estimate(rows=10, steps=5, lengths="prepared")
 
 
 def test_lora_does_not_count_gradients_of_frozen_weights() -> None:
@@ -117,7 +116,7 @@ def test_lora_does_not_count_gradients_of_frozen_weights() -> None:
     train = train_spec(lora=lora)
     assert train.lora is not None
     added = SHAPE.layers * memory.adapter_parameters(SHAPE, train.lora)
-    found = estimate.estimate(COUNTS, SHAPE, train, CLUSTER)
+    found = estimate.estimate(COUNTS, SHAPE, train, CLUSTER, RATE)
     expected = flops.training(SHAPE, tokens=1000, squares=90_000, supervised=400, trainable=added)
     assert found.flops == expected
 
@@ -164,6 +163,7 @@ def test_a_prepared_cell_shows_its_step_its_hours_and_its_memory(document: dict[
         assert step["documents"] * step["steps"] == pytest.approx(2 * 40)
         assert step["lr"] == pytest.approx(1e-3 * step["documents"] / 4)
         assert step["slots"] >= step["tokens"]
+        assert cost["lengths"] == "prepared"
         assert cost["gpu_hours"] == pytest.approx(2 * cost["hours"])
         assert cell["memory"]["gpus"] == 2
         assert cell["memory"]["fits"] == "yes"

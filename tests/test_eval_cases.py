@@ -36,7 +36,7 @@ from packcli.eval.engines.responses import Answer
 from packcli.files import sha256_file
 from packcli.launch import job, local, worker
 from packcli.launch.script import Submitted
-from packcli.plan import EvalOrder
+from packcli.plan import EvalOrder, Plan
 from packcli.store import Manifest, Store
 
 Run = Callable[..., Done]
@@ -117,7 +117,8 @@ def test_case_48_a_file_that_is_missing_or_changed_scores_0_or_stops_the_tasks_a
     ((cause, fix),) = done.json()["not_run"].items()
     assert cause.startswith("gsm8k: ")
     assert str(tmp_path / "data" / "gsm8k") in cause
-    assert done.stderr == f"error: {cause}\n\nhint: {fix}\n"
+    lines = "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("tiny_"))
+    assert lines == f"error: {cause}\n\nhint: {fix}\n"
     again = packcli("eval", "--ckpt", checkpoints[0], *tasks)
     assert again.code == code
     assert "gsm8k" not in again.stdout
@@ -257,10 +258,12 @@ def test_case_51_a_sweep_that_left_rows_out_ends_as_if_all_were_scored(
     left_out = {"rows": ["7"], "reason": "1 of 9 prompts needs a splitter", "fix": "fetch it"}
     order = EvalOrder.model_validate({"id": "x", "train": "t", "task": "ifeval", "protocol": "p", "eval": {}})
     store = Store(tmp_path)
+    nothing: dict[str, Any] = {"tokens": {}, "indexes": {}, "trains": {}}
+    plan = Plan(name="s", baseline=None, axes={}, cells=(), shared=(), evals={"x": order}, **nothing)
     for found, done in ((left_out, False), (None, True)):
         with store.writing("eval", "x"):
             manifest = store.commit("eval", "x", spec={}, inputs={}, results={"left_out": found}, provenance={})
-        assert stages.is_done(("eval", "x"), store) == done
+        assert (("eval", "x") in stages.done(plan, [("eval", "x")], store)) == done
         monkeypatch.setattr(stages, "scorer_for", lambda *_, **__: None)
         monkeypatch.setattr(stages, "evaluate", lambda *_, manifest=manifest: iter([(order, manifest)]))
         asked = {"kind": "eval", "ids": ["x"], "orders": [order.model_dump()], "unsafe_no_sandbox": False}
@@ -525,7 +528,7 @@ def test_sigkill_in_the_middle_of_a_task_and_a_rerun_are_told_from_one_run(
         assert kept[0].read_bytes().startswith(before), "answers that were there are written anew"
     reprinted, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert json.loads(reprinted) == json.loads(printed)
+    assert json.loads(reprinted.replace("killed/store", "whole/store")) == json.loads(printed)
     first, second = entries(tmp_path / "whole"), entries(tmp_path / "killed")
     assert first.keys() == second.keys()
     for id_, directory in first.items():

@@ -341,7 +341,20 @@ def test_the_shipped_sweeps_say_what_they_take(tmp_path: Path) -> None:
     plan = stages.make_plan(sweepfile.load(sweep, (), ()), Store(tmp_path))
     needs = [(need.what, need.name) for need in fetch.remote(plan)]
     assert needs[0] == ("model", "meta-llama/Meta-Llama-3-8B")
-    assert [what for what, _ in needs[1:]] == ["data"] * 4 + ["benchmark"]
+    benchmarks = {name for what, name in needs if what == "benchmark"}
+    assert [what for what, _ in needs[1:5]] == ["data"] * 4
+    assert {"openai/gsm8k", "cais/mmlu"} <= benchmarks
+    assert not any("WildBench" in name for name in benchmarks)  # there is no judge to score it
+
+
+def test_what_a_judge_is_shown_is_fetched_where_there_is_a_judge(tmp_path: Path) -> None:
+    sweep = Path(__file__).resolve().parents[1] / "sweeps" / "llama3_8b.yaml"
+    plan = stages.make_plan(sweepfile.load(sweep, ("eval.judge={model: m}",), ()), Store(tmp_path))
+    assert "allenai/WildBench" in {need.name for need in fetch.remote(plan)}
+    template, missing = fetch.local(plan)
+    assert (template.what, missing.what, missing.name) == ("template", "benchmark", "wildbench")
+    assert missing.error is not None
+    assert "eval_template.score.v2.md" in missing.error.fix
 
 
 def test_no_token_or_password_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,3 +113,14 @@ def test_tulus_published_lengths_still_tell_the_released_packer_from_next_fit(sc
     steps = {rule: papersteps.total_steps(pack(lengths, 64), "llama3_8b") for rule, pack in script.RULES.items()}
     assert steps["as released"] == pytest.approx(1940, rel=0.003)
     assert steps["next-fit decreasing"] == pytest.approx(2552, rel=0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["wildchat_gpt4", "tulu"])
+def test_the_shipped_lengths_are_those_the_script_fits(script: ModuleType, dataset: str) -> None:
+    shipped, shortest, longest = papersteps.lengths(dataset)
+    assert (shortest, longest) == (script.SHORTEST, script.LONGEST)
+    found = script.parameters(dataset, near=shipped.sigma)
+    assert found["documents"] == shipped.documents
+    assert found["sigma"] == pytest.approx(shipped.sigma, abs=2e-4)
+    assert found["median"] == pytest.approx(shipped.median, rel=1e-3)

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from conftest import Done, chat_records, write_lines
 
+from packcli import stages, sweepfile
 from packcli.files import read_json, read_jsonl, sha256_file
-from packcli.store import normalized
+from packcli.store import Store, normalized
 
 Cli = Callable[..., Done]
 
@@ -484,6 +485,34 @@ def test_weights_draw_and_repeat_conversations_and_the_ledger_says_so(tmp_path: 
     assert 60 < drawn < 140
     assert cell["conversations_not_drawn"] == 400 - drawn
     assert cell["conversations_repeated"] == 50
+
+
+def test_conversations_left_out_by_their_number_of_answers_are_counted_and_named(
+    tmp_path: Path, run_cli: Cli
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [*chat_records(20), *chat_records(7, turns=3)])
+    counts = {}
+    for turns in ("any", "single", "multi"):
+        source = [{"source": "a.jsonl", "turns": turns}]
+        done = run_cli("prepare", sweep(tmp_path, source, validation=0), "--json", cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        [cell, *_] = done.json()["cells"]
+        counts[turns] = cell["ledger"]["documents"], cell["ledger"]["conversations_rejected"]
+        if turns == "single":
+            reasons = {item["reason"] for item in read_jsonl(tmp_path / cell["rejected_path"])}
+            assert reasons == {"3 answers, and its source has `turns: single`"}
+    assert counts == {"any": (27, 0), "single": (20, 7), "multi": (7, 20)}
+
+
+def test_single_turn_data_do_not_share_the_store_of_all_and_all_keep_the_id_they_had(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", chat_records(3))
+    source = {"source": str(tmp_path / "a.jsonl")}
+    ids = {}
+    for turns in (None, "any", "single"):
+        block = source if turns is None else source | {"turns": turns}
+        plan = stages.make_plan(sweepfile.load(sweep(tmp_path, [block])), Store(tmp_path / "runs"))
+        ids[turns] = plan.cells[0].tokens
+    assert ids[None] == ids["any"] != ids["single"]
 
 
 @pytest.mark.slow

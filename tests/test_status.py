@@ -12,7 +12,7 @@ from conftest import Done
 from fake_slurm import FakeSlurm
 from followed import Sent, age, planned
 
-from packcli import stages, sweepfile
+from packcli import costs, stages, sweepfile
 from packcli.errors import DataError, MissingError, OutOfMemoryError, PackcliError, PeerError, QuarantinedError
 from packcli.files import locked
 from packcli.launch import slurm, watch
@@ -328,7 +328,7 @@ def test_the_steps_of_a_training_by_epochs_are_those_it_will_make(
     assert progress.num_steps(order, store) is None
     for kind, id_ in plan.stages()[:2]:
         stages.run(kind, plan.order(kind, id_), store)  # type: ignore[arg-type]
-    estimate = stages.costs(order, store, plan.cells[0].estimate).estimate
+    estimate = costs.of(order, plan, store, plan.cells[0].estimate).estimate
     assert estimate.steps is not None
     assert progress.num_steps(order, store) == estimate.steps
 

@@ -35,11 +35,22 @@ def parsed(records: Iterable[Record], source: SourceSpec, schema: chat.Schema) -
             if mapping:
                 value = mapped(value, mapping)
             if schema == "tokenized":
+                if source.turns != "any":
+                    raise chat.Rejected("its answers cannot be counted: it is tokenized already (`turns`)")
                 yield record, Tokenized(tokenized.documents(value))
             else:
-                yield record, chat.conversation(value, schema)
+                messages = chat.conversation(value, schema)
+                if source.turns != "any":
+                    _check_turns(messages, source.turns)
+                yield record, messages
         except chat.Rejected as reason:
             yield record, reason
+
+
+def _check_turns(messages: chat.Messages, turns: str) -> None:
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if (answers == 1) != (turns == "single"):
+        raise chat.Rejected(f"{answers} answer{'s' if answers != 1 else ''}, and its source has `turns: {turns}`")
 
 
 def mapped(value: Any, mapping: dict[str, str]) -> Any:

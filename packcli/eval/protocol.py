@@ -147,6 +147,11 @@ def kind(task: str) -> Kind:
     return "judged" if task in JUDGED else "probes" if task == PROBES else "benchmark"
 
 
+def may_leave_out(task: str) -> bool:
+    """Whether some rows cannot be scored where the machine lacks something: IFEval's, without NLTK's data."""
+    return kind(task) == "benchmark" and load(task).facts.scorer == "ifeval"
+
+
 def averaged(tasks: Iterable[str]) -> tuple[str, ...]:
     """The tasks that an average is over: benchmarks, as in the paper; judged ones where there are no others."""
     found = [task for task in tasks if task != PROBES]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from packcli import stages
 from packcli.errors import ConfigError, MissingError, PackcliError, RunError
 from packcli.files import atomic_write, locked, read_json, write_json
 from packcli.launch import graph, life, script, slurm
@@ -171,18 +172,18 @@ class View:
 
 def known(plan: Plan, store: Store, profile: Profile, view: View | None, sizes: dict[str, int]) -> Known:
     """What need not be submitted."""
-    stages = plan.stages()
-    states = store.states(stages)
-    done = {stage for stage in stages if states[stage] == "done"}
+    every = plan.stages()
+    states = store.states(every)
+    done = stages.done(plan, every, store)
     live = {stage: seen.job for stage, seen in _promising(plan, view, done).items()} if view else {}
     blocked = {
         stage
-        for stage in stages
+        for stage in every
         if states[stage] == "failed" and stage not in live and _is_hopeless(plan, store, profile, stage)
     }
     return Known(
         done=done,
-        live={stage: live[stage] for stage in stages if stage in live and stage not in done},
+        live={stage: live[stage] for stage in every if stage in live and stage not in done},
         blocked=blocked,
         source_bytes=sizes,
         has_report=view is not None and view.has_report(plan),

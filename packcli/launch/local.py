@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from packcli import log, stages
+from packcli import costs, log, stages
 from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
 from packcli.launch import graph, ranks
@@ -99,7 +99,7 @@ def run(
         MissingError: more processes than GPUs.
     """
     wanted = closure(plan, targets)
-    done = {stage for stage in wanted if stages.is_done(stage, store)}
+    done = stages.done(plan, wanted, store)
     jobs = _jobs(plan, [stage for stage in wanted if stage not in done])
     if not jobs:
         return []
@@ -343,7 +343,7 @@ def _explain(state: _Run, job: _Job) -> None:
     """Say what a step of this training holds, and the learning rate that follows: once for all its seeds."""
     order = state.plan.trains[job.ids[0]]
     same = order.model_copy(update={"id": "", "index": "", "seed": 0}).model_dump_json()
-    step = stages.costs(order, state.store, EstimateSpec()).step if same not in state.explained else None
+    step = costs.of(order, state.plan, state.store, EstimateSpec()).step if same not in state.explained else None
     state.explained.add(same)
     if step is not None:
         log.logger.info("%s: %s", job.name, step.text())

@@ -112,7 +112,7 @@ def _loss(report: Report, store: Store) -> Figure:
     figure, panels = _figure(report, "training loss", (len(settings), 2), _SMOOTHED)
     for axes, (setting, groups) in zip(panels, settings, strict=True):
         for group in groups:
-            curves = [_curves(row, store) for row in _members(report, group)]
+            curves = [curves_of(row, store) for row in _members(report, group)]
             for panel, number in zip(axes, (0, 1), strict=True):
                 _lines(panel, [pair[number] for pair in curves], _text(group.arm), arms.index(group.arm))
         for panel, unit in zip(axes, ("optimizer steps", "useful tokens"), strict=True):
@@ -128,7 +128,7 @@ _SMOOTHED = (
 )
 
 
-def _curves(row: Row, store: Store) -> tuple[Curve, Curve]:
+def curves_of(row: Row, store: Store) -> tuple[Curve, Curve]:
     """One cell's smoothed loss over steps, and over useful tokens."""
     path = store.metrics(row.ids["train"])
     try:
@@ -167,7 +167,7 @@ def median(curves: Sequence[Curve]) -> Curve:
 def _throughput(report: Report) -> Figure:
     """Useful and padded tokens a second of every arm, with the time a run took."""
     settings = _trained(report)
-    note = f"Bars: mean over seeds; lines: lowest and highest. Measured on {_machines(report)}."
+    note = f"Bars: mean over seeds; lines: lowest and highest. Measured on {machines(report.rows)}."
     figure, panels = _figure(report, "throughput of training", (len(settings), 1), note)
     for (axes,), (setting, groups) in zip(panels, settings, strict=True):
         trains = [[row.train for row in _members(report, group) if row.train] for group in groups]
@@ -196,25 +196,31 @@ def _speedup(report: Report) -> Figure | None:
         return None
     note = (
         "less time = fewer slots x less time a slot. A slot takes longer where a step holds few of them, and "
-        f"where attention looks further. Measured on {_machines(report)}."
+        f"where attention looks further. Measured on {machines(report.rows)}."
     )
     title = f"why arms take less time than {_text(report.baseline or '')}"
     figure, panels = _figure(report, title, (len(settings), 1), note)
     for (axes,), (setting, own, groups) in zip(panels, settings, strict=True):
-        on_cpu = all(group.train.device == "cpu" for group in groups if group.train)
-        _bars(
-            axes,
-            {
-                "fewer rows": [[_over(_rows(own), _rows(group))] for group in groups],
-                "fewer steps": [[_over(_steps(own), _steps(group))] for group in groups],
-                "fewer slots": [[group.slot_ratio] for group in groups],
-                f"less {'CPU' if on_cpu else 'wall'} time": [[_less_time(group, on_cpu)] for group in groups],
-            },
-        )
+        found = [ratios(own, group, on_cpu=_on_cpu(groups)) for group in groups]
+        _bars(axes, {kind: [[one[kind]] for one in found] for kind in found[0]})
         axes.axhline(1.0, color="0.4", linewidth=0.8)
         _name(axes, setting, [_text(group.arm) for group in groups])
         axes.set(ylabel=f"{_text(own.arm)} / arm", xlabel="arm")
     return figure
+
+
+def ratios(baseline: Group, arm: Group, *, on_cpu: bool) -> dict[str, float | None]:
+    """Where an arm's speed-up comes from: the baseline over the arm in rows, steps, slots and time."""
+    return {
+        "fewer rows": _over(_rows(baseline), _rows(arm)),
+        "fewer steps": _over(_steps(baseline), _steps(arm)),
+        "fewer slots": arm.slot_ratio,
+        f"less {'CPU' if on_cpu else 'wall'} time": _less_time(arm, on_cpu),
+    }
+
+
+def _on_cpu(groups: Sequence[Group]) -> bool:
+    return all(group.train.device == "cpu" for group in groups if group.train)
 
 
 def _rows(group: Group) -> float | None:
@@ -286,12 +292,12 @@ def _figure(report: Report, title: str, shape: tuple[int, int], note: str) -> tu
     return figure, figure.subplots(*shape, squeeze=False).tolist()
 
 
-def _machines(report: Report) -> str:
+def machines(rows: Sequence[Row]) -> str:
     """`cpu (1 process, 1 thread)`, each kind once."""
     kinds = dict.fromkeys(
         f"{row.train.device} ({_number(row.train.processes, 'process', 'processes')}"
         + (f", {_number(row.train.threads, 'thread', 'threads')})" if row.train.threads else ")")
-        for row in report.rows
+        for row in rows
         if row.train
     )
     return words.listed(list(kinds))

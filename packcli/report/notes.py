@@ -66,6 +66,7 @@ def legend(report: Report) -> list[str]:
         )
     if any(group.left_out for group in report.groups):
         lines.append("partial n/N: rows that this machine could not score; the score stands in no mean.")
+    lines += unhealthy(report)
     if any(group.probes for group in report.groups):
         lines.append(
             "attention across: to other documents of a row, of what does not go to the row's first token, mean "
@@ -74,6 +75,28 @@ def legend(report: Report) -> list[str]:
         )
     lines += _unlike_protocols(report)
     return [plain(line) for line in lines]
+
+
+TRUNCATED = 0.01
+"""Above this share of prompts that lost their beginning, a score is not what its protocol says."""
+
+
+def unhealthy(report: Report) -> list[str]:
+    """Scores of tasks whose prompts did not fit: what was asked is not what stands in the protocol."""
+    found: dict[str, dict[str, float]] = {}
+    for row in report.rows:
+        for task, score in row.eval.items():
+            if (share := score.health.get("truncated", 0.0)) > TRUNCATED:
+                own = found.setdefault(task, {})
+                arm = row.labels.get("arm", row.cell)
+                own[arm] = max(own.get(arm, 0.0), share)
+    return [
+        plain(
+            f"do not trust `{task}`: prompts did not fit into the model and lost their beginning "
+            f"({', '.join(f'{arm} {share:.0%}' for arm, share in list(own.items())[:5])})"
+        )
+        for task, own in found.items()
+    ]
 
 
 def _unlike_protocols(report: Report) -> list[str]:

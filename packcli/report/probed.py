@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _KEPT = ("causal", "continue")
+UNFAMILIAR = 6.0
+"""Nats per token: a model that knows the language and the template of a text is far below."""
 
 
 def summary(found: Mapping[str, Any]) -> Probed:
@@ -78,6 +80,12 @@ def _effects(found: Mapping[str, Any]) -> Table:
         f"n = {effect['documents']:,} documents, 95% intervals; check {effect['check']:.1g}"
     )
     earlier = found.get("before")
+    if earlier and earlier["causal_effect"]["mean"] > UNFAMILIAR:
+        nats = earlier["causal_effect"]["mean"]
+        title += (
+            f"\nbefore training: {nats:.1f} nats alone, so that model does not know this template; "
+            "what training changed says that first"
+        )
     shown = _table(
         title, "behind", "attention to it", "positions", "effect", *(["before training"] if earlier else [])
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from packcli.log import plain
+from packcli.report.notes import TRUNCATED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,9 +36,21 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def line(result: dict[str, Any]) -> str:
+    """One task as it ends."""
+    if "score" not in result:
+        return plain(f"{result['task']}: done")
+    return plain(f"{result['task']}: {100 * result['score']:.1f} ({result['n']:,} of {result['n_total']:,} items)")
+
+
 def notes(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What a judged score rests on: rule, judge, what failed and what it cost."""
-    lines = []
+    """Scores not to be trusted; what a judged one rests on: rule, judge, what failed and what it cost."""
+    lines = [
+        f"do not trust {result['task']}: {share:.0%} of its prompts did not fit into the model and lost their "
+        "beginning"
+        for result in results
+        if (share := result["health"].get("truncated", 0.0)) > TRUNCATED
+    ]
     for result in results:
         for name, found in result.get("judged", {}).items():
             stated = result["protocol"]

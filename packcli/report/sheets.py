@@ -277,6 +277,9 @@ def _probes(groups: Iterable[Group]) -> list[Column]:
                 partial(_probe, values=partial(_across, arm=arm), shown=words.share),
             )
         )
+        even = partial(_probe, values=partial(_even, arm=arm), shown=words.share)
+        if any(one.even.get(arm) for one in probed):
+            columns.append((f"the same,\nspread evenly,\nrows of {arm}, %", even))
     if probed:
         columns.append(("loss of a\ndocument\nalone, nats", partial(_probe, values=_alone, shown=words.loss)))
     for other in dict.fromkeys(neighbour for one in probed for neighbour in one.behind):
@@ -291,6 +294,10 @@ def _probes(groups: Iterable[Group]) -> list[Column]:
 
 def _across(one: Probed, arm: str) -> float | None:
     return one.crossing.get(arm)
+
+
+def _even(one: Probed, arm: str) -> float | None:
+    return one.even.get(arm)
 
 
 def _alone(one: Probed) -> float | None:

@@ -207,7 +207,8 @@ def _arithmetic(order: TrainOrder, store: Store, rows: Index, steps: list[Ints])
     prepared = store.manifest("index", order.index)
     assert prepared is not None  # `stages.train` saw it
     slots = estimate.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
-    return estimate.step_arithmetic(rows.sizes, slots, steps, order.train)
+    seen = estimate.visits(steps, rows.rows.num_rows)
+    return estimate.step_arithmetic(rows.sizes, slots, seen, order.train)
 
 
 def _model(

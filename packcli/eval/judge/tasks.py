@@ -276,13 +276,9 @@ class _Answers:
         stated: dict[str, Any],
     ) -> Scored:
         """`values`: what each question earned, by id; `total` questions there are."""
-        found = judged["score"]
+        found, judge = judged["score"], _judge(self._spec)
         if found.score is None:
-            raise RunError(
-                f"no score: {found.reason}",
-                "run again: verdicts that are there are kept, the others asked for again"
-                + ("; or raise `max_cost_usd`" if "budget" in found.failures else ""),
-            )
+            raise RunError(f"no score: {found.reason}", _what_to_do(found, server(judge.base_url).host))
         result = TaskResult(
             task=task,
             metric=found.metric,
@@ -354,6 +350,16 @@ class _Answers:
             }
             for number, id_ in enumerate(self._written)
         ]
+
+
+def _what_to_do(found: JudgedResult, host: str) -> str:
+    if "budget" in found.failures:
+        return "raise `max_cost_usd` and run again: verdicts that are there are kept"
+    if "no connection" in found.failures:
+        return f"does {host} answer? Check `--judge-url` or OPENAI_BASE_URL, then run again"
+    if found.failures.keys() & {"unreadable", "no score", "out of range", "empty", "cut off"}:
+        return "see what this judge writes in `store/judge/` of the run directory: it may not be fit to judge"
+    return "run again: verdicts that are there are kept, the others asked for again"
 
 
 def _saying(note: Note, what: str) -> Note:
