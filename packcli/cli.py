@@ -364,12 +364,12 @@ def evaluate(
     Run again after an interruption, it goes on with the answers it has.
     """
     from packcli import evaluation
-    from packcli.config import EvalSpec, ProbeSpec
+    from packcli.config import ProbeSpec
     from packcli.eval.judge import spec as judges
     from packcli.store import Store
 
     given = {"base_url": judge_url, "against": against, "prices": prices, "max_cost_usd": max_cost_usd}
-    spec = EvalSpec(
+    spec = evaluation.spec_of(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         limit=limit,
         bench_data=bench_data,

@@ -7,8 +7,19 @@ study varies has no hidden default: an arm states all its fields. `sweepfile.py`
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 
@@ -17,6 +28,21 @@ Loss = Literal["token", "document", "row", "micro_batch"]
 Packer = Literal["none", "concat", "next_fit_decreasing", "first_fit_decreasing", "shuffled_first_fit", "best_fit"]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+HOLDS_SECRET: Literal["holds_secret"] = "holds_secret"
+"""The type of an error whose input must not be shown."""
+
+
+def _without_secrets(url: str) -> str:
+    """An address that may stand in every manifest: what a sweep says is written down."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise PydanticCustomError(HOLDS_SECRET, "it holds a password or a token; export OPENAI_BASE_URL instead")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_without_secrets)]
 
 
 class Spec(BaseModel):
@@ -357,7 +383,7 @@ class JudgeSpec(Spec):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    base_url: str | None = None
+    base_url: Url | None = None
     against: str | None = None
     length_margin: NonNegativeInt | None = None
     max_answer_tokens: PositiveInt | None = None
@@ -407,7 +433,7 @@ class EvalSpec(Spec):
     engine: Literal["hf", "vllm", "openai"] = "hf"
     batch_size: PositiveInt | None = None
     processes: PositiveInt | None = None
-    base_url: str | None = None
+    base_url: Url | None = None
     judge: JudgeSpec | None = None
     probes: ProbeSpec = ProbeSpec()
 

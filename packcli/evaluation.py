@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from packcli import log, stages
 from packcli.config import EvalSpec
 from packcli.errors import ConfigError, PackcliError
@@ -50,6 +52,20 @@ class Evaluated:
             parts.append("results.json and samples.jsonl of each task:")
             parts += [Text(f"  {task}: {place}") for task, place in self.directories.items()]
         return parts
+
+
+def spec_of(**keys: Any) -> EvalSpec:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError: a value that none can be.
+    """
+    try:
+        return EvalSpec.model_validate(keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
+        raise ConfigError(f"`{option}`: {first['msg']}", "see `packcli eval --help`") from None
 
 
 def evaluate(checkpoint: str, spec: EvalSpec, store: Store, *, unsafe_no_sandbox: bool = False) -> Evaluated:

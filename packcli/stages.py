@@ -279,9 +279,10 @@ def evaluate(
         try:
             with store.writing("eval", order.id):
                 scorer.require(order.task)
-                yield order, _scored(order, store, subject, str(checkpoint))
+                outcome: Manifest | PackcliError = _scored(order, store, subject, str(checkpoint))
         except PackcliError as error:
-            yield order, error
+            outcome = error
+        yield order, outcome  # after the lock: who listens may take long, or stop listening
 
 
 def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: str) -> Manifest:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from packcli.config import ARMS, NAME_PATTERN, CellSpec, SweepSpec
+from packcli.config import ARMS, HOLDS_SECRET, NAME_PATTERN, CellSpec, SweepSpec
 from packcli.errors import ConfigError
 from packcli.yamlfile import KeyPath, Lines, Problems, parse
 
@@ -314,7 +314,8 @@ def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], pr
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = item["input"]
-            value = f", not `{got}`" if isinstance(got, str | int | float | bool) else ""
+            shown = isinstance(got, str | int | float | bool) and item["type"] != HOLDS_SECRET
+            value = f", not `{got}`" if shown else ""
             problems.add(marked, f"`{'.'.join(path)}`: {message}{value}")
 
 

@@ -171,6 +171,7 @@ def test_data_that_cannot_be_read_leaves_one_json_document_with_a_null_ledger(
         assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_is_forgotten_when_its_cause_is_mended(run_cli: Run, tiny_sweep: Sweep, tmp_path: Path) -> None:
     path = tiny_sweep(arms=["padding"])
     good = (tmp_path / "chats.jsonl").read_text()

@@ -155,6 +155,7 @@ estimate: {{cluster: {{gpus_per_node: 2, gpu: A100-40GB}}, slot_mfu: 0.1}}
     return found
 
 
+@pytest.mark.slow
 def test_a_prepared_cell_shows_its_step_its_hours_and_its_memory(document: dict[str, Any]) -> None:
     for cell in document["cells"]:
         step, cost = cell["step"], cell["estimate"]
@@ -173,6 +174,7 @@ def test_a_prepared_cell_shows_its_step_its_hours_and_its_memory(document: dict[
     assert packed["estimate"]["gpu_hours"] < padded["estimate"]["gpu_hours"]
 
 
+@pytest.mark.slow
 def test_a_training_that_cells_share_is_counted_once_and_shown_once(document: dict[str, Any]) -> None:
     different = {cell["stages"]["train"]["id"]: cell["estimate"]["gpu_hours"] for cell in document["cells"]}
     assert len(different) == 3  # padding by rows and by documents is one

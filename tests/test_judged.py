@@ -20,7 +20,7 @@ from judge_server import Answer, Asked, JudgeServer, completion, failure
 from test_eval import build_tokenizer, save_llama
 from test_judge import wild
 
-from packcli import stages
+from packcli import stages, sweepfile
 from packcli.config import EvalSpec, JudgeSpec
 from packcli.errors import ConfigError, PackcliError
 from packcli.eval import protocol
@@ -330,6 +330,35 @@ def test_what_is_said_of_a_judge_wins_over_its_file(tmp_path: Path) -> None:
     assert found == JudgeSpec(model="j", temperature=None, max_cost_usd=1.0)
     with pytest.raises(ConfigError, match="no judge"):
         spec.named(None, {"max_cost_usd": 1.0})
+
+
+SECRETS = ("https://me:s3cret@judge.example/v1", "https://judge.example/v1?token=s3cret")
+
+
+@pytest.mark.parametrize("url", SECRETS)
+@pytest.mark.parametrize("option", ["--judge-url", "--base-url"])
+def test_a_password_in_an_address_is_refused_and_neither_shown_nor_written(
+    option: str, url: str, tmp_path: Path, run_cli: Callable[..., Done]
+) -> None:
+    judge = ("--judge", "j") if option == "--judge-url" else ("--engine", "openai")
+    done = run_cli("eval", "--ckpt", "a/b", "--tasks", "mt_bench", *judge, option, url, cwd=tmp_path)
+    assert done.code == 2, done.stderr
+    assert "OPENAI_BASE_URL" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("url", SECRETS)
+@pytest.mark.parametrize("keys", ["{judge: {model: j, base_url: URL}}", "{engine: openai, base_url: URL}"])
+def test_a_password_in_a_sweeps_address_is_refused_by_its_line(
+    keys: str, url: str, tiny_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    sweep = tiny_sweep()
+    sweep.write_text(f"{sweep.read_text()}eval: {keys.replace('URL', repr(url))}\n")
+    with pytest.raises(ConfigError) as caught:
+        sweepfile.load(sweep, (), ())
+    assert "sweep.yaml:" in str(caught.value)
+    assert "s3cret" not in f"{caught.value} {caught.value.fix}"
 
 
 # As a user types it --------------------------------------------------------------------------------------------

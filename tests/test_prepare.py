@@ -444,6 +444,7 @@ def test_a_plan_of_a_papers_set_holds_its_step_counts_against_the_printed_ones()
     assert not passed["random_released", "llama3_8b"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_what_prepare_then_makes(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(60, turns=2))
     path = sweep(tmp_path, "x.jsonl", ("padding", "sorted", "random", "best_fit", "greedy_released"))
@@ -487,6 +488,7 @@ def test_weights_draw_and_repeat_conversations_and_the_ledger_says_so(tmp_path: 
     assert cell["conversations_repeated"] == 50
 
 
+@pytest.mark.slow
 def test_conversations_left_out_by_their_number_of_answers_are_counted_and_named(
     tmp_path: Path, run_cli: Cli
 ) -> None:

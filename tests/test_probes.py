@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from packcli.config import ARMS, ArmSpec, ProbeSpec
+from packcli.config import ARMS, ArmSpec, ProbeSpec, SourceSpec
 from packcli.data import corpus, render
 from packcli.errors import ConfigError, DataError, MissingError, RunError
 from packcli.eval.probe import boundary as probe_boundary
@@ -577,7 +577,7 @@ def test_documents_of_a_file_lose_their_topic_or_system_message(tmp_path: Path) 
     records += [records[0], {"messages": [{"role": "user", "content": "nothing"}], "topic": "t0"}]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    found = probe_documents.read(str(path), made, count=30, max_length=500, seed=0)
+    found = probe_documents.read((SourceSpec(source=str(path)),), made, count=30, max_length=500, seed=0)
     assert len(found.documents) == 20  # the copy is one of them
     assert found.rejected == 1
     assert {each.group for each in found.documents} == {"t0", "t1", "t2"}
@@ -585,12 +585,12 @@ def test_documents_of_a_file_lose_their_topic_or_system_message(tmp_path: Path) 
         assert "Rule" in made.decode(whole.input_ids)
         assert "Rule" not in made.decode(without.input_ids)
         assert made.decode(whole.input_ids[whole.supervised]).startswith("Answer")
-    again = probe_documents.read(str(path), made, count=5, max_length=500, seed=0)
+    again = probe_documents.read((SourceSpec(source=str(path)),), made, count=5, max_length=500, seed=0)
     assert [each.key for each in again.documents] == [each.key for each in found.documents[:5]]
     tokenized = tmp_path / "tokens.jsonl"
     tokenized.write_text('{"input_ids": [1, 2, 3]}\n')
     with pytest.raises(DataError, match="tokenized already"):
-        probe_documents.read(str(tokenized), made, count=5, max_length=500, seed=0)
+        probe_documents.read((SourceSpec(source=str(tokenized)),), made, count=5, max_length=500, seed=0)
 
 
 # The whole, and its pictures -------------------------------------------------------------------------------

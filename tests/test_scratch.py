@@ -249,6 +249,7 @@ def test_a_job_that_waits_for_another_copy_can_be_stopped(node: Node) -> None:
             node.stage(note=note)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_to_stop_starts_no_further_copy_and_the_next_makes_only_the_rest(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -468,6 +468,7 @@ def test_a_job_that_ended_without_a_word_is_reported_as_slurm_says_and_its_victi
     assert found.cause.endswith(": job 100_0: it ran into its time limit")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_it_submitted_and_cancelled(
     site: Site, tiny_sweep: Callable[..., Path], run_cli: Callable[..., Done], tmp_path: Path
 ) -> None:

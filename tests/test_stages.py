@@ -58,6 +58,8 @@ def run(store: Store, harness: FakeHarness) -> dict[str, str]:
     scorer.harness = harness
     for order, outcome in stages.evaluate(orders(), store, scorer, checkpoint="x"):
         if isinstance(outcome, Manifest):
+            with store.writing("eval", order.id):
+                pass  # not held any more
             [sample] = store.samples(order.id).read_text().splitlines()
             assert json.loads(sample)["task"] == outcome.results["task"]
             found[order.task] = outcome.results["task"]

@@ -160,8 +160,15 @@ def test_case_22_a_damaged_checkpoint_is_refused_by_name_unless_a_fallback_is_al
 
 
 @slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGUSR2, 2),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.soak),
+        pytest.param(signal.SIGUSR2, 1, marks=pytest.mark.soak),
+    ],
+)
 def test_case_26_sigterm_and_usr2_save_and_exit_75(
     training: Callable[..., Training], number: signal.Signals, ranks: int
 ) -> None:

@@ -38,7 +38,12 @@ def named(judge: str | None, given: Mapping[str, object]) -> JudgeSpec | None:
             raise ConfigError(f"`{next(iter(keys))}` is given, but no judge", "name one: `--judge MODEL`")
         return None
     if not judge.endswith((".yaml", ".yml")):
-        return JudgeSpec.model_validate({"model": judge, **keys})
+        try:
+            return JudgeSpec.model_validate({"model": judge, **keys})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"the judge's `{where}`: {first['msg']}", f"see {DOCS}") from None
     try:
         text = Path(judge).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
