@@ -65,6 +65,7 @@ class LayoutSpec(Spec):
     order: Literal["shuffled", "sorted"]
     repack_each_epoch: bool
     validation_after_packing: bool
+    boundary: Literal["none", "eos", "bos_eos"]
 
 
 class ArmSpec(LayoutSpec):
@@ -88,6 +89,8 @@ class ArmSpec(LayoutSpec):
     order           shuffled: rows in random order. sorted: batches of like length, in random order.
     repack_each_epoch         pack anew each epoch; unset: rows stay, only their order changes.
     validation_after_packing  hold out rows, not documents; its loss compares to no other arm's.
+    boundary        tokens put around each document, never trained on: eos after it; bos before it as well. Where
+                    it ends (begins) with that token already, none is added.
     attention       document: no token sees another document. causal: it sees all of its row before it.
     positions       reset at each document, or continue through the row.
     loss            token: sum over supervised tokens / their global count in the step. document: mean over the
@@ -133,6 +136,14 @@ class ArmSpec(LayoutSpec):
             raise ValueError("`positions: reset` under `attention: causal` gives two tokens of a row one position")
         return self
 
+    @model_validator(mode="after")
+    def _unmarked(self) -> Self:
+        if self.boundary != "none" and (self.validation_after_packing or self.truncation == "per_turn"):
+            raise ValueError(
+                "`boundary` goes with no `validation_after_packing` and with `truncation: plain` only"
+            )
+        return self
+
     @property
     def one_document_per_row(self) -> bool:
         return self.layout != "pack"
@@ -151,6 +162,7 @@ _PLAIN: dict[str, Any] = {
     "order": "shuffled",
     "repack_each_epoch": False,
     "validation_after_packing": False,
+    "boundary": "none",
 }
 _TRUNCATED = {"overlong": "truncate", "attention": "document", "positions": "reset", "loss": "token"}
 _CROSSING = {"attention": "causal", "positions": "continue", "loss": "token"}

@@ -50,7 +50,7 @@ def of(order: TrainOrder, plan: Plan, store: Store, spec: EstimateSpec) -> Costs
     if found is None:
         return Costs(Estimate(), None, needs)
     rows, total = found.rows, found.seen.total
-    slots = estimates.row_slots(rows.tokens, order.arm, order.max_length, found.ledger)
+    slots = estimates.row_slots(rows.filled, order.arm, order.max_length, found.ledger)
     timed = slots
     if rate is not None and _as_full(order, rate):
         timed = np.full(len(slots), float(order.max_length))
@@ -63,7 +63,7 @@ def of(order: TrainOrder, plan: Plan, store: Store, spec: EstimateSpec) -> Costs
         squares=total(squares),
         supervised=total(rows.supervised),
         slots=total(timed),
-        slot_squares=total(squares + (timed - rows.tokens) ** 2),  # padding sees only itself
+        slot_squares=total(squares + (timed - rows.filled) ** 2),  # padding sees only itself
     )
     cost = estimates.estimate(counts, shape, order.train, spec.cluster, rate, found.lengths)
     return Costs(cost, estimates.step_arithmetic(rows.sizes, slots, found.seen, order.train), needs)

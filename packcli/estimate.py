@@ -70,19 +70,19 @@ class StepArithmetic(Spec):
         return f"{self.lr_given:g} x {factor} = {self.lr:.3g}"
 
 
-def row_slots(tokens: Ints, arm: LayoutSpec, max_length: int, ledger: Mapping[str, Any]) -> NDArray[np.float64]:
-    """[R] float64: slots of each row.
+def row_slots(filled: Ints, arm: LayoutSpec, max_length: int, ledger: Mapping[str, Any]) -> NDArray[np.float64]:
+    """[R] float64: slots of each row. `filled` [R]: those that are no padding.
 
     `pad_to: longest` depends on a row's company in each epoch; rows get what they had on average in the first one.
     """
     match arm.pad_to:
         case "none":
-            return tokens.astype(np.float64)
+            return filled.astype(np.float64)
         case "max_length":
-            return np.full(len(tokens), float(max_length))
+            return np.full(len(filled), float(max_length))
         case "longest":
-            share: float = ledger["slots"] / ledger["tokens_kept"]
-            return tokens.astype(np.float64) * share
+            share: float = ledger["slots"] / (ledger["tokens_kept"] + ledger["tokens_boundary"])
+            return filled.astype(np.float64) * share
 
 
 @dataclass(frozen=True, slots=True)

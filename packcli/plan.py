@@ -376,7 +376,7 @@ class _Builder:
             "max_length": data.max_length,
             "validation": data.validation,
             "seed": seed,
-            "layout": layout.model_dump(),
+            "layout": layout.model_dump(exclude={"boundary"} if layout.boundary == "none" else set()),
             "batching": batching.model_dump() if batching else None,
             "epochs": epochs,
         }

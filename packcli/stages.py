@@ -159,14 +159,15 @@ def prepare_index(order: IndexOrder, store: Store) -> Manifest:
     """Token store -> row index and ledger."""
     if manifest := store.manifest("index", order.id):
         return manifest
-    from packcli.data import index, tokens
+    from packcli.data import framed, index, tokens
+    from packcli.data.tokenizer import stored
 
     source = _upstream(store, "tokens", order.tokens)
     tokens.check_shards(store, order.tokens, source.results["shards"])
+    counts = source.results["conversations"], source.results["rejected"]
+    marks = framed.marks(order.layout.boundary, lambda: stored(store.tokenizer(order.tokens)))
     with store.writing("index", order.id):
-        built, held_out, ledger = index.build(
-            order, open_tokens(store, source), source.results["conversations"], source.results["rejected"]
-        )
+        built, held_out, ledger = index.build(order, open_tokens(store, source), *counts, marks)
         index.write(store.rows(order.id), built)
         index.write(store.validation(order.id), held_out)
         return store.commit(

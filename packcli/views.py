@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ def _known(plan: Plan, store: Store | None) -> dict[str, Any]:
         assert store is not None
         if manifest := store.manifest("tokens", id_):
             results = manifest.results
-            found[id_] = Known(_tokens(store, id_), results["conversations"], results["rejected"])
+            documents, tokenizer = _tokens(store, id_), store.tokenizer(id_)
+            found[id_] = Known(documents, results["conversations"], results["rejected"], tokenizer)
     return found
 
 
@@ -178,6 +180,7 @@ def draw(plan: Plan, store: Store, file: Path) -> None:
 def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
     """Each distinct row index of the plan as a `datasets` directory: in `directory`, or several below it."""
     from packcli.data import export as exporting
+    from packcli.data import framed
     from packcli.data.tokenizer import load_directory
 
     chosen = {cell.index: cell for cell in reversed(plan.cells)}
@@ -191,6 +194,7 @@ def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
         prepared = exporting.Prepared(
             tokens=_tokens(store, cell.tokens),
             index=_rows(store, index),
+            marks=framed.marks(order.layout.boundary, partial(load_directory, tokenizer)),
             validation=_held_out(store, index),
             order=order,
             arm=plan.trains[cell.train].arm,

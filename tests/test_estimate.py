@@ -83,7 +83,9 @@ def test_one_conversation_a_row_and_one_step_are_singular() -> None:
 )
 def test_slots_of_a_row_are_those_its_layout_computes(arm: str, slots: list[float]) -> None:
     layout = ArmSpec.model_validate(ARMS[arm])
-    found = estimate.row_slots(np.array([30, 50]), layout, 100, {"slots": 120, "tokens_kept": 80})
+    found = estimate.row_slots(
+        np.array([30, 50]), layout, 100, {"slots": 120, "tokens_kept": 80, "tokens_boundary": 0}
+    )
     assert found.tolist() == slots
 
 

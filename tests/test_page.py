@@ -234,7 +234,7 @@ def test_rows_of_an_arm_are_counted_wrongly(finished: Make) -> None:
     none = np.zeros(3, np.int64)
     found = Rows(np.arange(3), none, lengths, np.arange(4))
     path = sweep.store.rows(cell.index)
-    indexes.write(path, indexes.Index(found, lengths, none + 1, none, np.array([0, 3])))
+    indexes.write(path, indexes.Index(found, lengths, none, none + 1, none, np.array([0, 3])))
     page = page_of(sweep)
     assert "3 rows, median 64, longest 64" in page
     assert "The token store is not here, so the documents are not shown." in page

@@ -78,7 +78,7 @@ def tokens(tokenizer: PreTrainedTokenizerFast) -> FakeTokens:
 
 def indexed(tokens: FakeTokens, rows: Rows) -> index.Index:
     starts = np.array([index.per_row((rows.start == 0).astype(np.int64), rows)]).reshape(-1)
-    return index.Index(rows, rows.tokens(), starts, np.ones(rows.num_rows, np.int64), np.array([0, rows.num_rows]))
+    return index.Index(rows, rows.tokens(), 0 * starts, starts, starts, np.array([0, rows.num_rows]))
 
 
 def alone(tokens: FakeTokens) -> index.Index:

@@ -131,7 +131,9 @@ def fake_index(documents: list[int]) -> Index:
     offsets = np.concatenate([[0], np.cumsum(np.maximum(count, 1))])
     pieces = np.arange(offsets[-1])
     rows = packing.Rows(document=pieces, start=pieces * 0, stop=pieces * 0 + 10, offsets=offsets)
-    return Index(rows, np.maximum(count, 1) * 10, count, np.maximum(count, 1) * 5, np.array([0, len(count)]))
+    return Index(
+        rows, np.maximum(count, 1) * 10, 0 * count, count, np.maximum(count, 1) * 5, np.array([0, len(count)])
+    )
 
 
 def plan_steps(index: Index, spec: TrainSpec, seed: int) -> list[np.ndarray]:

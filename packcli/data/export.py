@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from packcli import __version__
 from packcli.config import ArmSpec
-from packcli.data import export_readme
+from packcli.data import export_readme, framed
+from packcli.data.framed import Marks, Reader
 from packcli.data.index import Index, opens
 from packcli.errors import ConfigError
 from packcli.files import atomic_directory, digest, read_json, sha256_file, write_json
@@ -52,18 +53,14 @@ _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])
 _FEATURES = {name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"} for name in COLUMNS}
 
 
-class Documents(Protocol):
-    """What an export reads of a token store; `Tokens` is one."""
-
-    def ids(self, document: int) -> NDArray[np.int32]: ...
-    def supervised(self, document: int) -> NDArray[np.int32]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prepared cell. `validation` may be None or without rows; `tokenizer`: a directory to copy, if any."""
+    """A prepared cell. `validation` may be None or without rows; `tokenizer`: a directory to copy, if any.
 
-    tokens: Documents
+    `marks`: what `index` counts around documents; `validation` counts none.
+    """
+
+    tokens: Reader
     index: Index
     validation: Index | None
     order: IndexOrder
@@ -71,6 +68,7 @@ class Prepared:
     pad_id: int
     ledger: dict[str, Any]
     tokenizer: Path | None
+    marks: Marks = framed.NONE
 
 
 def export(cell: Prepared, directory: Path, note: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -83,13 +81,14 @@ def export(cell: Prepared, directory: Path, note: Callable[[int, int, str], None
     """
     _replaceable(directory)
     splits = {"train": cell.index.epoch(0)}
+    readers = {"train": framed.reader(cell.tokens, cell.marks), "validation": cell.tokens}
     if cell.validation is not None and cell.validation.rows.num_rows:
         splits["validation"] = cell.validation
-    total, done = sum(int(index.tokens.sum()) for index in splits.values()), 0
+    total, done = sum(int(index.filled.sum()) for index in splits.values()), 0
     with atomic_directory(directory) as temporary:
         for name, index in splits.items():
             (temporary / name).mkdir()
-            for tokens in _write_split(temporary / name, cell, index):
+            for tokens in _write_split(temporary / name, cell, index, readers[name]):
                 done += tokens
                 note(done, total, name)
         write_json(temporary / "dataset_dict.json", {"splits": list(splits)})
@@ -140,7 +139,7 @@ def _about(cell: Prepared, splits: dict[str, Index]) -> dict[str, Any]:
         "splits": {
             name: {
                 "rows": index.rows.num_rows,
-                "tokens": int(index.tokens.sum()),
+                "tokens": int(index.filled.sum()),
                 "documents": int(opens(index.rows).sum()),
                 "supervised": int(index.supervised.sum()),
             }
@@ -149,16 +148,16 @@ def _about(cell: Prepared, splits: dict[str, Index]) -> dict[str, Any]:
     }
 
 
-def _write_split(directory: Path, cell: Prepared, index: Index) -> Iterator[int]:
+def _write_split(directory: Path, cell: Prepared, index: Index, tokens: Reader) -> Iterator[int]:
     """One split as `Dataset.save_to_disk` lays it out; yields the tokens of each batch as it is written."""
     arm = cell.arm
-    bounds = runs(index.tokens, _SHARD_TOKENS)
+    bounds = runs(index.filled, _SHARD_TOKENS)
     names = [f"data-{number:05d}-of-{len(bounds) - 1:05d}.arrow" for number in range(len(bounds) - 1)]
     for name, (first, last) in zip(names, pairwise(bounds), strict=True):
         with (directory / name).open("wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for a, b in pairwise(first + part for part in runs(index.tokens[first:last], _BATCH_TOKENS)):
-                writer.write_batch(batch(cell.tokens, index, arm, a, b))
-                yield int(index.tokens[a:b].sum())
+            for a, b in pairwise(first + part for part in runs(index.filled[first:last], _BATCH_TOKENS)):
+                writer.write_batch(batch(tokens, index, arm, a, b))
+                yield int(index.filled[a:b].sum())
     write_json(
         directory / "dataset_info.json",
         {"citation": "", "description": "", "features": _FEATURES, "homepage": "", "license": ""},
@@ -182,7 +181,7 @@ def runs(sizes: Ints, most: int) -> list[int]:
     return [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), *([len(sizes)] if len(sizes) else [])]
 
 
-def batch(tokens: Documents, index: Index, arm: ArmSpec, first: int, last: int) -> Any:
+def batch(tokens: Reader, index: Index, arm: ArmSpec, first: int, last: int) -> Any:
     """Rows [first, last) as an Arrow record batch: everything of one kind is gathered at once."""
     a, b = int(index.rows.offsets[first]), int(index.rows.offsets[last])
     offsets = index.rows.offsets[first : last + 1] - a
@@ -213,12 +212,12 @@ def batch(tokens: Documents, index: Index, arm: ArmSpec, first: int, last: int) 
     return pa.record_batch(lists, schema=_SCHEMA)
 
 
-def _pieces(tokens: Documents, rows: Rows) -> Iterator[NDArray[np.int32]]:
+def _pieces(tokens: Reader, rows: Rows) -> Iterator[NDArray[np.int32]]:
     columns = rows.document.tolist(), rows.start.tolist(), rows.stop.tolist()
     return (tokens.ids(document)[start:stop] for document, start, stop in zip(*columns, strict=True))
 
 
-def _supervised(tokens: Documents, rows: Rows, ends: Ints, begin: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _supervised(tokens: Reader, rows: Rows, ends: Ints, begin: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[T] bool: which tokens of the pieces, laid end to end, are trained on."""
     spans = [tokens.supervised(document) for document in rows.document.tolist()]
     piece = np.repeat(np.arange(len(spans)), [len(each) for each in spans])

@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packcli import papersteps
+from packcli.data import framed
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.packing import Ints
@@ -22,19 +24,23 @@ from packcli.plan import IndexOrder, TokensOrder
 
 _WORKERS = 64
 """Of the released code's preprocessing: each packs its own contiguous part of the data."""
+_LLAMA3 = SimpleNamespace(bos_token_id=0, eos_token_id=1)
+_EOT = 2
 _ENOUGH = 8_000
 """Conversations from which rows are told within 1%: more take seconds, and the fit is no better than that."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Evenly spaced quantiles of a lognormal, in random order: a part of a data set (`indexes.Documents`).
+    """Evenly spaced quantiles of a lognormal, in random order: a part of a data set (`framed.Documents`).
 
-    Every token counts as supervised: which ones are is not printed.
+    Every token counts as supervised: which ones are is not printed. Each ends in <|eot_id|>, which is no eos;
+    `opened`: it begins with bos, as template `llama3` has it.
     """
 
     num_documents: int
     dataset: str
+    opened: bool = True
 
     @cached_property
     def lengths(self) -> Ints:
@@ -56,6 +62,12 @@ class Drawn:
         """All of a document but its first token, for which nothing stands before it."""
         return np.arange(self.num_documents), np.ones(self.num_documents, np.int64), self.lengths
 
+    @property
+    def ends(self) -> tuple[Ints, Ints]:
+        return np.full(self.num_documents, _LLAMA3.bos_token_id if self.opened else _EOT), np.full(
+            self.num_documents, _EOT
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -74,19 +86,21 @@ def sample(tokens: TokensOrder, order: IndexOrder) -> Sample | None:
     [source, *others] = tokens.sources
     fitted = source.source in papersteps.datasets() and "Llama-3" in (tokens.tokenizer.name or "")
     fitted = fitted and source.turns == "any" and not source.mapping
-    if others or not fitted or tokens.template not in (None, "llama3"):
+    if others or not fitted or tokens.template not in (None, "llama3", "llama3_bare"):
         return None
     whole = papersteps.lengths(source.source)[0].documents
     whole = round(min(whole, tokens.max_documents or whole) * source.weight)
     # A fit has no seed, and no id to look up.
-    return _sample(source.source, whole, order.model_copy(update={"id": "", "tokens": "", "seed": 0, "epochs": 1}))
+    order = order.model_copy(update={"id": "", "tokens": "", "seed": 0, "epochs": 1})
+    return _sample(source.source, whole, order, tokens.template != "llama3_bare")
 
 
 @lru_cache(maxsize=256)
-def _sample(dataset: str, whole: int, order: IndexOrder) -> Sample:
+def _sample(dataset: str, whole: int, order: IndexOrder, opened: bool) -> Sample:
     simulated = min(_WORKERS, math.ceil(_WORKERS * _ENOUGH / whole))
     workers = max(1, round(order.layout.workers * simulated / _WORKERS))
     small = order.model_copy(update={"layout": order.layout.model_copy(update={"workers": workers})})
-    drawn = Drawn(max(1, whole * simulated // _WORKERS), dataset)
-    index, _, ledger = indexes.build(small, drawn, drawn.num_documents, 0)
+    drawn = Drawn(max(1, whole * simulated // _WORKERS), dataset, opened)
+    marks = framed.marks(small.layout.boundary, lambda: _LLAMA3)
+    index, _, ledger = indexes.build(small, drawn, drawn.num_documents, 0, marks)
     return Sample(index, ledger, whole / drawn.num_documents)

@@ -1,15 +1,16 @@
 """The row index: which pieces of which documents lie in each row, and the ledger that accounts for every token.
 
-Stored as Arrow columns `document`, `start`, `stop` (list<int32>, one entry a piece) and, per row, `tokens`,
-`documents` (that start in it) and `supervised` (labels that reach the loss). Where each epoch is packed anew, the
-rows of all epochs follow one another, and the file's metadata says where each begins.
+Stored as Arrow columns `document`, `start`, `stop` (list<int32>, one entry a piece; places count boundary tokens,
+see `framed.py`) and, per row, `tokens`, `boundary` (tokens between documents, if there are any), `documents` (that
+start in it) and `supervised` (labels that reach the loss). Where each epoch is packed anew, the rows of all epochs
+follow one another, and the file's metadata says where each begins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from packcli import batching, packing, released
 from packcli.batching import Sizes
+from packcli.data.framed import NONE, Documents, Framed, Marks, Spanned
 from packcli.errors import DataError, IntegrityError
 from packcli.files import atomic_write
 from packcli.packing import Rows
@@ -33,36 +35,24 @@ LEDGER_IDENTITIES = (
     ("slots", ("tokens_kept", "tokens_padding", "tokens_boundary")),
 )
 _BLOCKS = b"packcli.blocks"
-
-
-class Documents(Protocol):
-    """What packing needs to know of D documents; `Tokens` is one."""
-
-    @property
-    def num_documents(self) -> int: ...
-
-    @property
-    def lengths(self) -> Ints:
-        """[D] int64: tokens of each."""
-
-    @property
-    def content(self) -> NDArray[np.uint64]:
-        """[D] uint64: the hash that decides validation."""
-
-    @property
-    def spans(self) -> tuple[Ints, Ints, Ints]:
-        """(document, start, stop), each [P] int64: every supervised span, in document order."""
+_COUNTS = ("tokens", "boundary", "documents", "supervised")
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Rows over the token store's documents; the three counts are [R] int64, one number a row.
+    """Rows over the token store's documents; the four counts are [R] int64, one number a row.
+
+    tokens       of the documents: what is useful of a row
+    boundary     tokens that stand between them
+    documents    that start in it
+    supervised   labels that reach the loss
 
     `blocks` [E + 1] int64: where the rows of each packed epoch begin; [0, R] where rows stay.
     """
 
     rows: Rows
     tokens: Ints
+    boundary: Ints
     documents: Ints
     supervised: Ints
     blocks: Ints
@@ -71,6 +61,16 @@ class Index:
     def sizes(self) -> Sizes:
         return Sizes(self.tokens, self.documents, self.blocks)
 
+    @property
+    def counts(self) -> dict[str, Ints]:
+        """What is counted of each row, by name."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    @property
+    def filled(self) -> Ints:
+        """[R] int64: slots of each row that are no padding."""
+        return self.tokens + self.boundary
+
     def squares(self, attention: Literal["document", "causal"]) -> Ints:
         """[R] int64: what attention costs in each row, sum(length^2) over what may look at each other.
 
@@ -78,7 +78,7 @@ class Index:
         """
         rows = self.rows
         if attention == "causal":
-            return self.tokens**2
+            return self.filled**2
         row = np.repeat(np.arange(rows.num_rows), np.diff(rows.offsets))
         first = np.ones(len(row), bool)
         first[1:] = (row[1:] != row[:-1]) | (rows.document[1:] != rows.document[:-1])
@@ -97,15 +97,14 @@ class Index:
             offsets=self.rows.offsets[first : last + 1] - a,
         )
         cut = slice(first, last)
-        return Index(
-            rows, self.tokens[cut], self.documents[cut], self.supervised[cut], np.array([0, last - first])
-        )
+        counts = {name: values[cut] for name, values in self.counts.items()}
+        return Index(rows, blocks=np.array([0, last - first]), **counts)
 
 
 class Labels:
     """Counts supervised tokens of any piece of any document."""
 
-    def __init__(self, documents: Documents) -> None:
+    def __init__(self, documents: Spanned) -> None:
         document, start, stop = documents.spans
         self._lengths = documents.lengths
         self._base = np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int64)
@@ -132,22 +131,23 @@ class Labels:
 
 
 def build(
-    order: IndexOrder, documents: Documents, conversations: int, rejected: int
+    order: IndexOrder, documents: Documents, conversations: int, rejected: int, marks: Marks = NONE
 ) -> tuple[Index, Index, dict[str, Any]]:
-    """Training rows, validation rows, and the ledger.
+    """Training rows, validation rows, and the ledger. `marks`: of `order.layout.boundary`.
 
-    Validation rows hold one document each, plainly truncated; under `validation_after_packing` they are rows of
-    the packing, held out.
+    Validation rows hold one document each, plainly truncated and without boundary tokens; under
+    `validation_after_packing` they are rows of the packing, held out.
 
     Raises:
         DataError: no document is left to train on.
         IntegrityError: the ledger does not close.
     """
-    labels, lengths = Labels(documents), documents.lengths
+    framed = Framed(documents, marks)
+    labels, lengths = Labels(framed), framed.lengths
     everything = np.arange(documents.num_documents)
     fraction = 0.0 if order.layout.validation_after_packing else order.validation
     validation = documents.content < np.uint64(int(fraction * 2**64))
-    fitted = _fitted(order, documents)
+    fitted = _fitted(order, lengths)
     # Cut by turns, every document keeps the beginning of its first answer, however long what comes before is.
     reach = lengths if order.layout.truncation == "per_turn" else fitted
     labelled = labels.count(everything, np.zeros_like(lengths), reach) > 0
@@ -155,7 +155,7 @@ def build(
     if not len(offered):
         raise DataError("no document is left to train on", "lower `data.validation` or raise `data.max_length`")
     packed = [_pack(order, documents, offered, fitted, epoch) for epoch in range(order.epochs)]
-    epochs = [summarise(rows, labels) for rows in packed]
+    epochs = [summarise(rows, labels, framed) for rows in packed]
     if order.layout.remainder == "drop":
         epochs = [_choose(index, np.flatnonzero(index.supervised)) for index in epochs]
     if order.layout.validation_after_packing:
@@ -166,16 +166,17 @@ def build(
             few = f"no row is left to train on of {len(offered):,} documents"
             raise DataError(few, "the released code drops the rest of each window: it needs more data")
     else:
-        held = summarise(_alone(everything[validation], lengths, labels, order.max_length), labels)
+        bare = Labels(documents)
+        alone = _alone(everything[validation], documents.lengths, bare, order.max_length)
+        held = summarise(alone, bare)
     ledger = {"conversations_in": conversations, "conversations_rejected": rejected}
-    ledger |= _ledger(order, epochs[0], held, lengths, fitted, validation)
+    ledger |= _ledger(order, epochs[0], held, framed, fitted, validation)
     check(ledger)
     return _joined(epochs), held, ledger
 
 
-def _fitted(order: IndexOrder, documents: Documents) -> Ints:
-    """[D] int64: tokens each document offers to the packer after the over-long policy; 0: it is left out."""
-    lengths = documents.lengths
+def _fitted(order: IndexOrder, lengths: Ints) -> Ints:
+    """[D] int64: slots each document asks of the packer after the over-long policy; 0: it is left out."""
     match order.layout.overlong:
         case "truncate":
             return np.minimum(lengths, order.max_length)
@@ -263,11 +264,14 @@ def supervised(rows: Rows, labels: Labels) -> Ints:
     return labels.count(rows.document, np.minimum(rows.start + opens(rows), rows.stop), rows.stop)
 
 
-def summarise(rows: Rows, labels: Labels) -> Index:
-    """Rows with their counts."""
+def summarise(rows: Rows, labels: Labels, framed: Framed | None = None) -> Index:
+    """Rows with their counts. `framed`: the documents, if there are boundary tokens between them."""
+    slots = rows.stop - rows.start
+    tokens = slots if framed is None else framed.tokens(rows.document, rows.start, rows.stop)
     return Index(
         rows=rows,
-        tokens=per_row(rows.stop - rows.start, rows),
+        tokens=per_row(tokens, rows),
+        boundary=per_row(slots - tokens, rows),
         documents=per_row((rows.start == 0).astype(np.int64), rows),
         supervised=per_row(supervised(rows, labels), rows),
         blocks=np.array([0, rows.num_rows]),
@@ -285,13 +289,9 @@ def _choose(index: Index, chosen: Ints) -> Index:
     rows, sizes = index.rows, np.diff(index.rows.offsets)[chosen]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     piece = np.arange(offsets[-1]) + np.repeat(rows.offsets[chosen] - offsets[:-1], sizes)
-    return Index(
-        rows=Rows(rows.document[piece], rows.start[piece], rows.stop[piece], offsets),
-        tokens=index.tokens[chosen],
-        documents=index.documents[chosen],
-        supervised=index.supervised[chosen],
-        blocks=np.array([0, len(chosen)]),
-    )
+    kept = Rows(rows.document[piece], rows.start[piece], rows.stop[piece], offsets)
+    counts = {name: values[chosen] for name, values in index.counts.items()}
+    return Index(kept, blocks=np.array([0, len(chosen)]), **counts)
 
 
 def _joined(epochs: list[Index]) -> Index:
@@ -306,24 +306,23 @@ def _joined(epochs: list[Index]) -> Index:
             stop=np.concatenate([index.rows.stop for index in epochs]),
             offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
         ),
-        tokens=np.concatenate([index.tokens for index in epochs]),
-        documents=np.concatenate([index.documents for index in epochs]),
-        supervised=np.concatenate([index.supervised for index in epochs]),
         blocks=np.cumsum([0, *(index.rows.num_rows for index in epochs)]),
+        **{name: np.concatenate([index.counts[name] for index in epochs]) for name in _COUNTS},
     )
 
 
 def _ledger(
-    order: IndexOrder, index: Index, held: Index, lengths: Ints, fitted: Ints, validation: NDArray[np.bool_]
+    order: IndexOrder, index: Index, held: Index, framed: Framed, fitted: Ints, validation: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Every count but the conversations', as far as possible each from its own source, so that sums can fail."""
-    after = order.layout.validation_after_packing
-    kept = _tokens_of(index.rows, lengths)
-    in_rows = kept + _tokens_of(held.rows, lengths) if after else kept
+    after, lengths = order.layout.validation_after_packing, framed.bare.lengths
+    kept = _tokens_of(index.rows, framed)
+    in_rows = kept + _tokens_of(held.rows, framed) if after else kept
     absent = ~validation & (in_rows == 0)
     there = ~validation & ~absent
     whole = order.layout.overlong != "none"
-    reached = np.minimum(fitted, order.max_length) if whole else lengths
+    everything = np.arange(len(lengths))
+    reached = framed.tokens(everything, 0, np.minimum(fitted, order.max_length)) if whole else lengths
     truncated = int((lengths - reached)[there].sum())
     dropped = int(lengths[absent].sum()) + int((reached - in_rows)[there].sum())
     if (
@@ -342,19 +341,20 @@ def _ledger(
         "tokens_truncated": truncated,
         "tokens_dropped": dropped,
         "tokens_kept": int(index.tokens.sum()),
-        "tokens_padding": int(slots.sum() - index.tokens.sum()),
-        "tokens_boundary": 0,
+        "tokens_padding": int(slots.sum() - index.filled.sum()),
+        "tokens_boundary": int(index.boundary.sum()),
         "tokens_supervised": int(index.supervised.sum()),
         "rows": index.rows.num_rows,
-        "rows_lower_bound": _lower_bound(order, kept, whole),
+        "rows_lower_bound": _lower_bound(order, index.rows, len(lengths), whole),
         "slots": int(slots.sum()),
         "efficiency": int(index.tokens.sum()) / int(slots.sum()),
     }
 
 
-def _tokens_of(rows: Rows, lengths: Ints) -> Ints:
+def _tokens_of(rows: Rows, framed: Framed) -> Ints:
     """[D] int64: tokens of each document that lie in these rows."""
-    return np.bincount(rows.document, rows.stop - rows.start, minlength=len(lengths)).astype(np.int64)
+    tokens = framed.tokens(rows.document, rows.start, rows.stop)
+    return np.bincount(rows.document, tokens, minlength=framed.num_documents).astype(np.int64)
 
 
 def _documents_cut(index: Index, held: Index | None) -> int:
@@ -365,8 +365,9 @@ def _documents_cut(index: Index, held: Index | None) -> int:
     return int((np.bincount(np.concatenate(appearances)) > 1).sum())
 
 
-def _lower_bound(order: IndexOrder, kept: Ints, whole: bool) -> int:
-    present = kept[kept > 0]
+def _lower_bound(order: IndexOrder, rows: Rows, documents: int, whole: bool) -> int:
+    slots = np.bincount(rows.document, rows.stop - rows.start, minlength=documents).astype(np.int64)
+    present = slots[slots > 0]
     if order.layout.layout != "pack":
         return len(present)
     return packing.lower_bound(present, order.max_length) if whole else -(-int(present.sum()) // order.max_length)
@@ -376,7 +377,7 @@ def _slots(order: IndexOrder, index: Index) -> Ints:
     """Slots computed for each row in the first epoch, `[R] int64`."""
     match order.layout.pad_to:
         case "none":
-            return index.tokens
+            return index.filled
         case "max_length":
             return np.full(index.rows.num_rows, order.max_length)
         case "longest":
@@ -398,7 +399,7 @@ def _longest(order: IndexOrder, index: Index) -> Ints:
     slots = np.zeros(index.rows.num_rows, np.int64)
     for step in steps:
         for rows in batching.cut(step, plan.ranks, plan.micro_batch):
-            slots[rows] = batching.longest(index.tokens[rows], order.max_length)
+            slots[rows] = batching.longest(index.filled[rows], order.max_length)
     return slots
 
 
@@ -420,7 +421,7 @@ def write(path: Path, index: Index) -> None:
         name: pa.ListArray.from_arrays(offsets, pa.array(values, type=pa.int32()))
         for name, values in (("document", rows.document), ("start", rows.start), ("stop", rows.stop))
     }
-    counts = {"tokens": index.tokens, "documents": index.documents, "supervised": index.supervised}
+    counts = {name: values for name, values in index.counts.items() if name != "boundary" or values.any()}
     table = pa.table({**pieces, **counts}).replace_schema_metadata({_BLOCKS: orjson.dumps(index.blocks.tolist())})
     with atomic_write(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
@@ -433,6 +434,8 @@ def read(path: Path) -> Index:
         return table.column(name).combine_chunks()
 
     def counts(name: str) -> Ints:
+        if name == "boundary" and name not in table.column_names:
+            return np.zeros(len(table), np.int64)
         return np.asarray(column(name).to_numpy(), dtype=np.int64)
 
     document = column("document")
@@ -443,4 +446,4 @@ def read(path: Path) -> Index:
         offsets=document.offsets.to_numpy().astype(np.int64),
     )
     blocks = np.asarray(orjson.loads(table.schema.metadata[_BLOCKS]), dtype=np.int64)
-    return Index(rows, counts("tokens"), counts("documents"), counts("supervised"), blocks)
+    return Index(rows, blocks=blocks, **{name: counts(name) for name in _COUNTS})

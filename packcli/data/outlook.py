@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from packcli import batching
 from packcli.config import ArmSpec, BatchUnit, Spec
+from packcli.data import framed, tokenize
 from packcli.data import index as indexes
-from packcli.data import tokenize
+from packcli.data.framed import Documents
+from packcli.data.tokenizer import stored
 from packcli.errors import DataError
-from packcli.plan import Plan, TrainOrder
+from packcli.plan import IndexOrder, Plan, TrainOrder
 
 Note = Callable[[int, int, str], None]
 
@@ -77,11 +79,15 @@ class Outlooks(Spec):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Documents that a store holds already, and how many conversations were read and rejected for them."""
+    """Documents that a store holds already, and how many conversations were read and rejected for them.
 
-    documents: indexes.Documents
+    `tokenizer`: the directory of the one that made them.
+    """
+
+    documents: Documents
     conversations: int
     rejected: int
+    tokenizer: Path
 
 
 def look(plan: Plan, note: Note, known: Mapping[str, Known]) -> Outlooks:
@@ -96,19 +102,14 @@ def look(plan: Plan, note: Note, known: Mapping[str, Known]) -> Outlooks:
     wanted = dict.fromkeys(cell.tokens for cell in plan.cells)
     with tempfile.TemporaryDirectory(prefix="packcli-") as scratch:
         for id_ in (id_ for id_ in wanted if id_ not in found):
-            measured = tokenize.measure(plan.tokens[id_], Path(scratch) / id_, note)
-            found[id_] = Known(measured, measured.conversations, len(measured.rejected))
-    packed: dict[str, tuple[indexes.Index, dict[str, Any]] | DataError] = {}
-    cells = []
-    for cell in plan.cells:
-        order, have = plan.indexes[cell.index], found[cell.tokens]
-        if order.id not in packed:
-            try:
-                index, _, ledger = indexes.build(order, have.documents, have.conversations, have.rejected)
-                packed[order.id] = index.epoch(0), ledger
-            except DataError as error:
-                packed[order.id] = error
-        cells.append(_outlook(cell.labels, plan.trains[cell.train], packed[order.id]))
+            tokenizer = Path(scratch) / id_
+            measured = tokenize.measure(plan.tokens[id_], tokenizer, note)
+            found[id_] = Known(measured, measured.conversations, len(measured.rejected), tokenizer)
+        packed: dict[str, tuple[indexes.Index, dict[str, Any]] | DataError] = {}
+        for cell in plan.cells:
+            if cell.index not in packed:
+                packed[cell.index] = _packed(plan.indexes[cell.index], found[cell.tokens])
+    cells = [_outlook(cell.labels, plan.trains[cell.train], packed[cell.index]) for cell in plan.cells]
     if all(cell.ledger is None for cell in cells):
         raise DataError(str(cells[0].problem), "see docs/data.md")
     return Outlooks(
@@ -116,6 +117,15 @@ def look(plan: Plan, note: Note, known: Mapping[str, Known]) -> Outlooks:
         rejected={id_: found[id_].rejected for id_ in wanted},
         cells=cells,
     )
+
+
+def _packed(order: IndexOrder, have: Known) -> tuple[indexes.Index, dict[str, Any]] | DataError:
+    marks = framed.marks(order.layout.boundary, lambda: stored(have.tokenizer))
+    try:
+        index, _, ledger = indexes.build(order, have.documents, have.conversations, have.rejected, marks)
+    except DataError as error:
+        return error
+    return index.epoch(0), ledger
 
 
 def _outlook(
@@ -162,7 +172,7 @@ def squares(index: indexes.Index, crossing: bool) -> int:
     """Sum of squared lengths of what attention runs over: whole rows, or each document's part of a row."""
     rows = index.rows
     if crossing:
-        return int((index.tokens**2).sum())
+        return int((index.filled**2).sum())
     part = np.cumsum(indexes.opens(rows)) - 1
     lengths = np.bincount(part, rows.stop - rows.start).astype(np.int64)
     return int((lengths**2).sum())

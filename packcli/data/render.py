@@ -322,7 +322,7 @@ def _spellings(tokens: set[str]) -> tuple[list[str], re.Pattern[str], list[str]]
 
 
 def template_text(template: str) -> str:
-    """A chat template by packaged name (chatml, llama3, plain) or by path to a Jinja file.
+    """A chat template by packaged name (chatml, llama3, llama3_bare, plain) or by path to a Jinja file.
 
     `llama3` is what the released code of "Packing Analysis" (arXiv 2410.08081) writes: unlike Meta's own template,
     it has a system message for conversations without one, and strips no white space.
@@ -333,7 +333,7 @@ def template_text(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        hint = "`data.template` is chatml, llama3, plain, or a path to a Jinja file"
+        hint = "`data.template` is chatml, llama3, llama3_bare, plain, or a path to a Jinja file"
         raise ConfigError(f"no chat template `{template}`", hint) from None
 
 

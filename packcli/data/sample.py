@@ -104,6 +104,7 @@ def panels(
     """What `packcli prepare` would make of a set that holds these documents only, none of it held out.
 
     An arm's `workers` share nothing, so one of them is drawn: the few documents would be one or none for each.
+    Boundary tokens are left out: one or two beside hundreds would not be seen.
     """
     few, drawn = _Few(documents), []
     batches = Batching(global_batch=micro_batch, batch_unit="rows", micro_batch=micro_batch, ranks=1)
@@ -114,7 +115,7 @@ def panels(
             max_length=max_length,
             validation=0.0,
             seed=seed,
-            layout=arm.rows.model_copy(update={"workers": 1}),
+            layout=arm.rows.model_copy(update={"workers": 1, "boundary": "none"}),
             batching=batches,
             epochs=1,
         )
@@ -145,7 +146,7 @@ def panel(name: str, arm: ArmSpec, rows: Rows, max_length: int, micro_batch: int
 
 
 class _Few:
-    """`index.Documents`, of a list."""
+    """`framed.Documents`, of a list."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         spans = [(number, *span) for number, document in enumerate(documents) for span in document.supervised]
@@ -154,6 +155,7 @@ class _Few:
         self.lengths = np.array([document.length for document in documents], np.int64)
         self.content = np.zeros(len(documents), np.uint64)
         self.spans = (flat[:, 0], flat[:, 1], flat[:, 2])
+        self.ends = (self.content.astype(np.int64), self.content.astype(np.int64))
 
 
 def _reordered(rows: Rows, order: Ints) -> Rows:

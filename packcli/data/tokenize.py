@@ -199,11 +199,12 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What packing needs to know of D documents, in memory (`index.Documents`), and what was read to learn it."""
+    """What packing needs to know of D documents, in memory (`framed.Documents`), and what was read to learn it."""
 
     lengths: Ints
     content: NDArray[np.uint64]
     spans: tuple[Ints, Ints, Ints]
+    ends: tuple[Ints, Ints]
     conversations: int
     rejected: list[dict[str, Any]]
 
@@ -225,7 +226,7 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
         note(len(finished), len(tasks), f"{sum(int(p[0].sum()) for p in finished.values()):,} tokens")
     parts = [finished[place] for place in range(len(tasks))]
     if not any(len(part[0]) for part in parts):
-        raise _nothing_usable(order, [item for part in parts for item in part[6]])
+        raise _nothing_usable(order, [item for part in parts for item in part[8]])
     base = np.cumsum([0, *(len(part[0]) for part in parts)])
     return Lengths(
         lengths=np.concatenate([part[0] for part in parts]),
@@ -235,8 +236,9 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
             np.concatenate([part[3] for part in parts]),
             np.concatenate([part[4] for part in parts]),
         ),
-        conversations=sum(part[5] for part in parts),
-        rejected=[item for part in parts for item in part[6]],
+        ends=(np.concatenate([part[5] for part in parts]), np.concatenate([part[6] for part in parts])),
+        conversations=sum(part[7] for part in parts),
+        rejected=[item for part in parts for item in part[8]],
     )
 
 
@@ -252,4 +254,6 @@ class _Measurer:
         shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
         document = np.repeat(np.arange(shard.num_documents), np.diff(shard.span_offsets))
         start, stop = shard.spans.astype(np.int64).T
-        return np.diff(shard.offsets), shard.content, document, start, stop, shard.conversations, shard.rejected
+        ends = shard.ids[shard.offsets[:-1]].astype(np.int64), shard.ids[shard.offsets[1:] - 1].astype(np.int64)
+        lengths, read = np.diff(shard.offsets), (shard.conversations, shard.rejected)
+        return lengths, shard.content, document, start, stop, *ends, *read

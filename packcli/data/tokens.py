@@ -131,6 +131,13 @@ class Tokens:
         flat = self._concatenated([shard.spans for shard in self._shards]).reshape(-1, 2)
         return np.repeat(np.arange(self.num_documents), counts), flat[:, 0], flat[:, 1]
 
+    @property
+    def ends(self) -> tuple[Ints, Ints]:
+        """(first, last), each [D] int64: the token id each document begins with and the one it ends with."""
+        first = [shard.ids[shard.id_offsets[:-1]] for shard in self._shards]
+        last = [shard.ids[shard.id_offsets[1:] - 1] for shard in self._shards]
+        return self._concatenated(first), self._concatenated(last)
+
     def ids(self, document: int) -> NDArray[np.int32]:
         """[T] int32: the tokens of one document, a view of the file."""
         shard, row = self._locate(document)

@@ -9,25 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from packcli import batching
 from packcli.config import ArmSpec
+from packcli.data.framed import Reader
 from packcli.data.index import Index
-
-
-class Documents(Protocol):
-    """What rows are made of; `Tokens` is one."""
-
-    def ids(self, document: int) -> NDArray[np.int32]:
-        """[T] int32: the tokens of one document."""
-
-    def supervised(self, document: int) -> NDArray[np.int32]:
-        """[P, 2] int32: start and stop of each supervised span of one document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +59,7 @@ class Batch:
 
 
 def collate(
-    tokens: Documents,
+    tokens: Reader,
     index: Index,
     rows: Sequence[int],
     arm: ArmSpec,
@@ -160,7 +149,7 @@ def _width(index: Index, rows: Sequence[int], arm: ArmSpec, max_length: int) -> 
         case "max_length":
             return max_length
         case "longest":
-            return batching.longest(index.tokens[list(rows)], max_length) if len(rows) else 0
+            return batching.longest(index.filled[list(rows)], max_length) if len(rows) else 0
 
 
 def _close_row(segments: list[int], arm: ArmSpec, filled: int, padding: int) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packcli.config import LayoutSpec
+from packcli.data import framed
+from packcli.data.framed import Reader
 from packcli.data.index import Index
 from packcli.log import plain
 from packcli.packing import Rows
@@ -91,7 +93,8 @@ def show(
     for document in held.tolist():
         parts += _document(tokens, document, speller)
     for name, (layout, index) in firsts.items():
-        parts += _arm(name, layout, index, held, tokens, speller, max_length)
+        framing = framed.marks(layout.boundary, lambda: tokenizer)
+        parts += _arm(name, layout, index, held, framed.reader(tokens, framing), speller, max_length)
     return Group(*parts)
 
 
@@ -171,7 +174,7 @@ def _arm(
     layout: LayoutSpec,
     index: Index,
     held: NDArray[np.int64],
-    tokens: Tokens,
+    tokens: Reader,
     speller: Speller,
     max_length: int,
 ) -> list[RenderableType]:
@@ -183,9 +186,9 @@ def _arm(
     holding = np.unique(np.searchsorted(rows.offsets, pieces, side="right") - 1)
     parts: list[RenderableType] = []
     for row in holding[:_ROWS].tolist():
-        kept = int(index.tokens[row])
-        padding = {"none": 0, "max_length": max_length - kept, "longest": None}[layout.pad_to]
-        parts.append(_heading(f"{plain(name)}, row {row}", _row_words(rows, row, kept, padding)))
+        filled = int(index.filled[row])
+        padding = {"none": 0, "max_length": max_length - filled, "longest": None}[layout.pad_to]
+        parts.append(_heading(f"{plain(name)}, row {row}", _row_words(index, row, padding)))
         parts += _row(rows, row, held, tokens, speller)
         if padding is None:
             parts.append(_note("[padding up to the longest row of its micro-batch]"))
@@ -198,16 +201,19 @@ def _arm(
     return parts
 
 
-def _row_words(rows: Rows, row: int, kept: int, padding: int | None) -> str:
+def _row_words(index: Index, row: int, padding: int | None) -> str:
+    rows, kept, boundary = index.rows, int(index.tokens[row]), int(index.boundary[row])
     documents = len(np.unique(rows.document[rows.offsets[row] : rows.offsets[row + 1]]))
     words = f"{documents:,} {'document' if documents == 1 else 'documents'}, {kept:,} kept tokens"
+    if boundary:
+        words += f", {boundary:,} between documents"
     if padding is None:
         return words
-    return f"{words}, {padding:,} padding, efficiency {kept / (kept + padding):.1%}"
+    return f"{words}, {padding:,} padding, efficiency {kept / (kept + boundary + padding):.1%}"
 
 
 def _row(
-    rows: Rows, row: int, held: NDArray[np.int64], tokens: Tokens, speller: Speller
+    rows: Rows, row: int, held: NDArray[np.int64], tokens: Reader, speller: Speller
 ) -> Iterator[RenderableType]:
     """The pieces of a row, each under a line that says which document begins."""
     pieces = np.arange(rows.offsets[row], rows.offsets[row + 1])
@@ -223,7 +229,7 @@ def _row(
                 left_out = 0
             continue
         document, span = int(rows.document[piece]), (int(rows.start[piece]), int(rows.stop[piece]))
-        length = int(tokens.lengths[document])
+        length = len(tokens.ids(document))
         part = "" if span == (0, length) else f", tokens {span[0]:,} to {span[1]:,} of {length:,}"
         yield _note(f"── document {document}{part} ──", "bold cyan" if asked[place] else "cyan")
         yield _body(tokens, document, span, _PIECE, speller)
@@ -241,7 +247,7 @@ def _shown(asked: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _body(
-    tokens: Tokens, document: int, span: tuple[int, int], limits: tuple[int, int], speller: Speller
+    tokens: Reader, document: int, span: tuple[int, int], limits: tuple[int, int], speller: Speller
 ) -> _Both:
     """Tokens [start, stop) of a document, in both forms; only head and tail where that is much shorter."""
     from rich.text import Text

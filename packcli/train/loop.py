@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from packcli import batching, estimate, flops
 from packcli.batching import Ints
 from packcli.config import TrainSpec
+from packcli.data import framed
 from packcli.data import index as indexes
 from packcli.data.index import Index
 from packcli.data.tokenizer import load_directory
@@ -92,8 +93,9 @@ def train(
         rows = indexes.read(store.rows(order.index))
         steps = batching.run_steps(rows.sizes, spec, arm.order, order.seed)
         squares = rows.squares(arm.attention)
-        weighting = loss.weighting(arm.loss, rows, indexes.Labels(tokens))
         tokenizer = load_directory(store.tokenizer(order.tokens))
+        marks = framed.marks(arm.boundary, lambda: tokenizer)
+        weighting = loss.weighting(arm.loss, rows, indexes.Labels(framed.Framed(tokens, marks)))
         pad_id = tokenizer.pad_token_id or 0
         arithmetic = _arithmetic(order, store, rows, steps)
         note(0, len(steps), arithmetic.text())
@@ -123,7 +125,7 @@ def train(
         # Loop -----------------------------------------------------------------------------------------
         shape = flops.shape(trainee.model.config.to_dict())
         costs = step_.costs(order, rows, shape)
-        objective = Objective(order, tokens, rows, weighting, costs, pad_id, processes)
+        objective = Objective(order, framed.reader(tokens, marks), rows, weighting, costs, pad_id, processes)
         meter = _meter(order, trainee, shape, processes)
         hung = partial(store.fail, "train", order.id)
         with (
@@ -206,7 +208,7 @@ def train(
 def _arithmetic(order: TrainOrder, store: Store, rows: Index, steps: list[Ints]) -> StepArithmetic:
     prepared = store.manifest("index", order.index)
     assert prepared is not None  # `stages.train` saw it
-    slots = estimate.row_slots(rows.tokens, order.arm, order.max_length, prepared.results["ledger"])
+    slots = estimate.row_slots(rows.filled, order.arm, order.max_length, prepared.results["ledger"])
     seen = estimate.visits(steps, rows.rows.num_rows)
     return estimate.step_arithmetic(rows.sizes, slots, seen, order.train)
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from packcli import batching, flops
 from packcli.batching import Ints
+from packcli.data.framed import Reader
 from packcli.data.index import Index
-from packcli.data.tokens import Tokens
 from packcli.model.collate import collate
 from packcli.model.trainee import Trainee
 from packcli.plan import TrainOrder
@@ -25,7 +25,7 @@ class Objective:
     """What a run minimises. `costs` [R] float64: what each row costs to compute, to balance ranks."""
 
     order: TrainOrder
-    tokens: Tokens
+    tokens: Reader
     rows: Index
     weighting: Weighting
     costs: NDArray[np.float64]
@@ -72,7 +72,7 @@ class Objective:
 def costs(order: TrainOrder, rows: Index, shape: flops.Shape | None) -> NDArray[np.float64]:
     """[R] float64: what each row costs, slots + a x sum(length^2); a follows from the model's shape, if known."""
     padded = order.arm.pad_to == "max_length"
-    slots = np.full(rows.rows.num_rows, order.max_length) if padded else rows.tokens
+    slots = np.full(rows.rows.num_rows, order.max_length) if padded else rows.filled
     if shape is None:
         return slots.astype(np.float64)
     square = flops.training(shape, tokens=0, squares=1, supervised=0)

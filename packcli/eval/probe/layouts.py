@@ -204,7 +204,7 @@ def _spans(supervised: Bools) -> tuple[tuple[int, int], ...]:
 
 
 class _Few:
-    """A token store of a list: `index.Documents` and `collate.Documents`."""
+    """A token store of a list: `framed.Spanned` and `framed.Reader`."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self._documents = documents
