@@ -68,6 +68,8 @@ def steps(
     `sorted` keeps rows of like length together (LongAlign's sorted batching, arXiv 2401.18058): an epoch's rows
     are sorted, cut into batches, and the batches put in random order.
     """
+    if budget.steps == 0:
+        return []
     stream = np.concatenate(list(_epochs(sizes, budget, global_batch, unit, seed, order)))
     reached = np.cumsum(sizes.counts(unit)[stream])
     if budget.tokens is not None:

@@ -264,6 +264,7 @@ Tracker = Literal["tensorboard", "wandb"]
 class TrainSpec(Spec):
     """Exactly one of epochs, steps, tokens says how long. The last block never enters an id.
 
+    steps              0: the model is scored as it comes; nothing else need be said here.
     lr_rule            fixed: `lr` as it is. sqrt, linear: `lr` is meant for steps of `reference_batch`
                        conversations and grows as the root of, or with, the number this run's steps really hold.
     optimizer_state    bfloat16: AdamW's two moments at half the memory, rounded stochastically.
@@ -279,7 +280,7 @@ class TrainSpec(Spec):
     """
 
     epochs: PositiveInt | None = None
-    steps: PositiveInt | None = None
+    steps: NonNegativeInt | None = None
     tokens: PositiveInt | None = None
     lr: PositiveFloat
     lr_rule: Literal["fixed", "sqrt", "linear"] = "fixed"
@@ -309,6 +310,13 @@ class TrainSpec(Spec):
     deterministic: bool = False
     hang_timeout_s: PositiveFloat | None = None
     trackers: tuple[Tracker, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_to_say(cls, values: Any) -> Any:
+        """Where nothing is trained, how is not asked."""
+        untrained = isinstance(values, dict) and values.get("steps") == 0
+        return {"lr": 1.0, "global_batch": 1, **values} if untrained else values
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -54,6 +54,8 @@ class StepArithmetic(Spec):
 
     def text(self) -> str:
         """One line: how rows become conversations and tokens, how many steps there are, which learning rate."""
+        if not self.steps:
+            return "no steps: the model is scored as it comes"
         per_row = self.documents / self.rows
         one = f"1 row = {_number(per_row)} conversation{'' if _number(per_row) == '1' else 's'}"
         step = (
@@ -99,7 +101,8 @@ class Visits:
 
 def visits(steps: list[Ints], num_rows: int) -> Visits:
     """Of a run whose steps are known (`batching.run_steps`)."""
-    return Visits(np.bincount(np.concatenate(steps), minlength=num_rows).astype(np.float64), len(steps))
+    rows = np.concatenate([np.zeros(0, np.int64), *steps])
+    return Visits(np.bincount(rows, minlength=num_rows).astype(np.float64), len(steps))
 
 
 def visits_of_sample(sizes: Sizes, train: TrainSpec, times: float) -> Visits:
@@ -114,19 +117,20 @@ def visits_of_sample(sizes: Sizes, train: TrainSpec, times: float) -> Visits:
         epochs = train.steps * train.global_batch / units
     else:
         epochs = (train.tokens or 0) / (times * float(sizes.tokens.sum()))
-    steps = train.steps or math.ceil(epochs * units / train.global_batch)
+    steps = train.steps if train.steps is not None else math.ceil(epochs * units / train.global_batch)
     return Visits(np.full(len(sizes.tokens), epochs * times), steps)
 
 
 def step_arithmetic(sizes: Sizes, slots: NDArray[np.float64], seen: Visits, train: TrainSpec) -> StepArithmetic:
     """`slots` [R]: of each row (`row_slots`)."""
-    documents = seen.total(sizes.documents) / seen.steps
+    each = max(1, seen.steps)
+    documents = seen.total(sizes.documents) / each
     return StepArithmetic(
         steps=seen.steps,
-        rows=float(seen.times.sum()) / seen.steps,
+        rows=float(seen.times.sum()) / each,
         documents=documents,
-        tokens=seen.total(sizes.tokens) / seen.steps,
-        slots=seen.total(slots) / seen.steps,
+        tokens=seen.total(sizes.tokens) / each,
+        slots=seen.total(slots) / each,
         lr=batching.peak_lr(train, documents),
         lr_given=train.lr,
         lr_rule=train.lr_rule,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,25 @@ def test_two_ranks_train_what_one_does(real_sweep: Path, tmp_path: Path) -> None
         assert sharded["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-4)
         assert sharded["slots"] == record["slots"]
     assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
+
+
+def test_models_that_are_only_scored_pass_for_trained_ones(
+    tmp_path: Path, run_cli: Callable[..., Any], tiny_sweep: Callable[..., Path]
+) -> None:
+    sweep = tiny_sweep(seeds=[0, 1])
+    document = yaml.safe_load(sweep.read_text())
+    document["train"] = {"steps": 0, "threads": 1}
+    sweep.write_text(yaml.safe_dump(document))
+    done = run_cli("sweep", sweep, "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    for row in done.json()["rows"]:
+        assert (row["train"]["steps"], row["train"]["final_loss"], row["train"]["mfu"]) == (0, None, None)
+        assert row["train"]["validation_loss"] > 1
+        assert row["train"]["random_weights"]
+        assert not row["physics"]
+    assert "Nothing was trained" in done.json()["verdict"]
+    for kind in ("table", "md", "csv", "latex", "html"):
+        shown = run_cli("report", sweep, "--format", kind, cwd=tmp_path)
+        assert shown.code == 0, shown.stderr
+    planned = run_cli("sweep", sweep, "--dry-run", cwd=tmp_path)
+    assert planned.code == 0, planned.stderr

@@ -127,6 +127,8 @@ def _setting(arms: list[Arm], baseline: str | None, comparisons: int) -> tuple[s
         return "not compared", f"There is no `{plain(baseline)}` cell here, so nothing is compared."
     if not others:
         return "not compared", f"There is no arm besides `{plain(baseline)}` here, so nothing is compared."
+    if all(arm.order.train.steps == 0 for arm in arms):
+        return "not trained", "Nothing was trained (`train.steps: 0`): what is scored are models as they came."
     (base,) = [arm for arm in arms if arm.group.arm == baseline]
     timings = [found for arm in others if (found := timing(arm))] if comparable(arms) else []
     taken, answer = _answer(base, others, timings)

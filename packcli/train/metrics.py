@@ -111,7 +111,7 @@ def results(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "steps": len(records),
         **total,
-        "final_loss": final / max(1, sum(record["supervised"] for record in tail)),
+        "final_loss": _ratio(final, sum(record["supervised"] for record in tail)),
         "wall_s": wall,
         "useful_tokens_per_s": _ratio(total["tokens"], wall),
         "padded_tokens_per_s": _ratio(total["slots"], wall),
