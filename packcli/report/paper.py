@@ -289,8 +289,9 @@ def _our_marks(group: Group, measure: str) -> list[str]:
 
 @cache
 def _printed(model: str, dataset: str, arm: str) -> dict[str, float]:
-    steps = papersteps.expected_steps(dataset, model, f"{arm}_released")
-    return _reference().cells[model][dataset][arm] | {"steps": steps}
+    key = dataset, model, f"{arm}_released"
+    known = {"steps": papersteps.expected_steps(*key), "steps_per_s": papersteps.steps_per_s(*key)}
+    return _reference().cells[model][dataset][arm] | known
 
 
 @cache
