@@ -81,8 +81,17 @@ def test_correction_is_not_the_closure_of_bonferronis(values: list[float]) -> No
 
 @pytest.mark.parametrize("values", drawn_p_values())
 def test_correction_is_not_that_of_statsmodels(values: list[float]) -> None:
-    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is only a reference")
-    assert stats.holm(values) == pytest.approx(multitest.multipletests(values, method="holm")[1])
+    from statsmodels.stats.multitest import multipletests
+
+    assert stats.holm(values) == pytest.approx(multipletests(values, method="holm")[1])
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
+def test_an_effect_that_could_be_seen_is_not_that_of_statsmodels(n: int) -> None:
+    from statsmodels.stats.power import TTestPower
+
+    effect = TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8, alternative="two-sided")
+    assert stats.detectable(1 / math.sqrt(n), n) == pytest.approx(float(effect), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
