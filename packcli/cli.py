@@ -590,7 +590,9 @@ def report(
     strict: Annotated[bool, typer.Option("--strict", help="Exit 4 when a file of a result is damaged.")] = False,
     figures: Annotated[
         Path | None,
-        typer.Option("--figures", metavar="DIR", help="Also draw loss, throughput, speed-up and probes there."),
+        typer.Option(
+            "--figures", metavar="DIR", help="Also draw the pictures of the page there, and those of probes."
+        ),
     ] = None,
     only: Only = None,
     set_: Sets = None,
@@ -605,7 +607,10 @@ def report(
         from packcli.report import figures as drawing
         from packcli.report import probe_figures
 
-        drawn = [*drawing.draw(collected, store, figures), *probe_figures.of_cells(collected, store, figures)]
+        drawn = [
+            *drawing.draw(plan, collected, store, figures),
+            *probe_figures.of_cells(collected, store, figures),
+        ]
         for path in drawn:
             log.logger.info("%s", path)
     if strict and (damaged := collected.damaged()):
@@ -667,7 +672,7 @@ def _report(
         case "html":
             from packcli.report.page import write
 
-            typer.echo(write.document(plan, store, collected), nl=False)
+            typer.echo(write.document(plan, store, collected, beside, everything=everything), nl=False)
     return collected
 
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from test_report import SWEEP, Sweep
 
-from packcli.errors import ConfigError, IntegrityError
+from packcli.data import index as indexes
+from packcli.errors import ConfigError
 from packcli.files import json_line
-from packcli.report import figures
+from packcli.packing import Rows
+from packcli.report import figures, gather, pictures
+from packcli.report.records import Probed, Report
 
 MORE = """
 name: many
@@ -59,65 +62,105 @@ def texts(file: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", file.read_text())
 
 
+TRAINED = ("loss", "loss_tokens", "throughput", "efficiency", "speedup")
+
+
 def test_picture_differs_from_run_to_run(finished: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = finished()
-    first = figures.draw(sweep.report(), sweep.store, tmp_path / "a")
-    second = figures.draw(sweep.report(), sweep.store, tmp_path / "b")
-    names = [f"{name}.{suffix}" for name in ("loss", "throughput", "speedup") for suffix in ("svg", "png")]
-    assert [path.name for path in first] == names
+    first = figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "a")
+    second = figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "b")
+    assert [path.name for path in first] == [f"{name}.{suffix}" for name in TRAINED for suffix in ("svg", "png")]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
+def test_the_page_has_a_chart_that_no_file_has(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    """Every kind of chart there is: scores over seeds, logs, rows and a whole ledger, probes."""
+    sweep, report = everything(finished())
+    made = pictures.pictures(sweep.plan, report, sweep.store, gather.Members(report.rows))
+    (_, setting), (_, data) = made.settings[0], made.sets[0]
+    written = figures.draw(sweep.plan, report, sweep.store, tmp_path)
+    names = ["differences", *TRAINED, "crossing", "behind", "lengths", "ledger"]
+    assert [path.stem for path in written[::2]] == [*setting, *data] == names
+    for name, chart in (setting | data).items():
+        said = "\n".join(texts(tmp_path / f"{name}.svg"))
+        for word in (chart.title, chart.x_name, *re.split(r"\s+", chart.caption)):
+            assert word in said.replace("&lt;", "<"), name
+        assert "best_fit" in said, name
+
+
+def everything(sweep: Sweep) -> tuple[Sweep, Report]:
+    lengths, none = np.array([64, 64, 30]), np.zeros(3, np.int64)
+    for cell in sweep.plan.cells:
+        better = 0.1 + int(cell.labels["seed"]) / 100 if cell.labels["arm"] == "best_fit" else 0.0
+        for task in cell.evals:
+            sweep.scored(cell, task, 0.5 + better)
+        ledger = sweep.store.manifest("index", cell.index).results["ledger"]
+        parts = ("validation", "truncated", "dropped", "boundary", "padding")
+        sweep.finish("index", cell.index, {"ledger": ledger | {f"tokens_{part}": 9 for part in parts}})
+        found = Rows(np.arange(3), none, lengths, np.arange(4))
+        made = indexes.Index(found, lengths, none, none + 1, none, np.array([0, 3]))
+        indexes.write(sweep.store.rows(cell.index), made)
+    report = sweep.report()
+    probed = Probed(
+        crossing={"random": 0.25}, even={"random": 0.5}, alone=2.0, behind={"related": 0.1}, mask=None, n=9
+    )
+    groups = tuple(group.model_copy(update={"probes": (probed,)}) for group in report.groups)
+    return sweep, report.model_copy(update={"groups": groups})
+
+
 def test_axis_lacks_its_name_or_unit(finished: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = finished()
-    figures.draw(sweep.report(), sweep.store, tmp_path)
-    loss, rates, why = (texts(tmp_path / f"{name}.svg") for name in ("loss", "throughput", "speedup"))
-    for word in ("optimizer steps", "useful tokens", "loss, nats per supervised token", "padding", "best_fit"):
+    figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path)
+    loss, tokens, rates, _, why = (texts(tmp_path / f"{name}.svg") for name in TRAINED)
+    for word in ("optimizer steps", "loss, nats per supervised token", "padding", "best_fit"):
         assert word in loss
+    assert "useful tokens" in tokens
     assert any("mean over 1/50 of its steps" in text for text in loss)
-    for word in ("tokens per second", "useful: tokens of documents", "padded: all slots", "30.0 s", "10.0 s"):
+    for word in ("tokens per second", "useful: tokens of documents", "padded: all slots", "padding (30.0 s)"):
         assert word in rates
     assert any("cpu (1 process, 1 thread)" in text for text in rates)
     # 3 times the time in twice the rows, steps and slots.
-    for word in ("padding / arm", "fewer rows", "fewer steps", "fewer slots", "less CPU time", "3"):
+    for word in ("padding / arm", "fewer rows", "fewer steps", "fewer slots", "less CPU time", "3.0x"):
         assert word in why
-    assert why.count("2") == 3
+    assert why.count("2.0x") == 3
 
 
 @pytest.mark.parametrize("random", [True, False])
 def test_random_weights_go_unlabelled(finished: Callable[..., Sweep], tmp_path: Path, random: bool) -> None:
     sweep = finished(random_weights=random)
-    for path in figures.draw(sweep.report(), sweep.store, tmp_path):
+    for path in figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path):
         if path.suffix == ".svg":
             assert any("from random weights" in text for text in texts(path)) == random
 
 
 def test_arm_is_left_out_of_a_legend_or_setting_of_a_picture(
-    finished: Callable[..., Sweep], tmp_path: Path
+    finished: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = finished(MORE)
-    figures.draw(sweep.report(), sweep.store, tmp_path)
+    save = figures.save
+    monkeypatch.setattr(figures, "save", lambda found, place: save({"loss": found["loss"]}, place))
+    figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path)
     shown = [text.strip() for text in texts(tmp_path / "loss.svg")]
     for word in ("padding", "mine", "_hidden", "data.source=tiny", "data.source=$x^2$.jsonl"):
         assert word in shown, word
 
 
-def test_cell_that_is_not_done_is_drawn(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_cell_that_is_not_trained_is_drawn(finished: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = finished()
     for seed in ("1", "2", "3"):
         sweep.store.manifest_file("train", sweep.cell(arm="best_fit", seed=seed).train).unlink()
-    written = figures.draw(sweep.report(), sweep.store, tmp_path)
-    assert {path.stem for path in written} == {"loss", "throughput"}  # nothing to compare is left
+    written = figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path)
+    assert {path.stem for path in written} == {*TRAINED} - {"speedup"}  # nothing to compare is left
     assert "best_fit" not in texts(tmp_path / "loss.svg")
 
 
 def test_median_goes_beyond_the_shortest_seed() -> None:
-    def curve(steps: int, loss: float) -> figures.Curve:
+    def curve(steps: int, loss: float) -> gather.Curve:
         x = np.arange(1.0, steps + 1)
         return x, loss + 0 * x
 
-    x, loss = figures.median([curve(40, 1.0), curve(30, 2.0), curve(50, 9.0)])
+    x, loss = gather.median([curve(40, 1.0), curve(30, 2.0), curve(50, 9.0)])
     assert (x[0], x[-1]) == (1.0, 30.0)
     assert set(loss) == {2.0}
 
@@ -125,16 +168,18 @@ def test_median_goes_beyond_the_shortest_seed() -> None:
 def test_nothing_to_draw_is_an_empty_picture(tmp_path: Path) -> None:
     sweep = Sweep(SWEEP, tmp_path)
     with pytest.raises(ConfigError, match="nothing to draw"):
-        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+        figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "pictures")
     assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"step": 1}\n', b"[]\n"])
-def test_damaged_log_is_a_bug(finished: Callable[..., Sweep], tmp_path: Path, content: bytes) -> None:
+def test_damaged_log_is_a_bug_or_left_out_unsaid(finished: Callable[..., Sweep], content: bytes) -> None:
     sweep = finished()
     sweep.store.metrics(sweep.plan.cells[0].train).write_bytes(content)
-    with pytest.raises(IntegrityError, match="not the log of a training"):
-        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+    report = sweep.report()
+    ((_, found),) = pictures.pictures(sweep.plan, report, sweep.store, gather.Members(report.rows)).settings
+    for name in ("loss", "loss_tokens"):
+        assert "Left out: 1 whose log cannot be read." in found[name].caption
 
 
 def test_missing_matplotlib_is_a_traceback(
@@ -143,7 +188,7 @@ def test_missing_matplotlib_is_a_traceback(
     sweep = finished()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="matplotlib") as error:
-        figures.draw(sweep.report(), sweep.store, tmp_path / "pictures")
+        figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "pictures")
     assert error.value.fix == "pip install 'packcli[plot]'"
 
 

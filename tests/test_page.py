@@ -9,7 +9,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from html import escape, unescape
 from html.parser import HTMLParser
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import test_paper_table
 from apt import program
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,15 +28,15 @@ from test_report import LEDGER, SWEEP, Sweep
 
 from packcli.data import index as indexes
 from packcli.packing import Rows
-from packcli.report.page import charts, write
+from packcli.report import charts, notes, paper, pictures, words
+from packcli.report.page import svg, write
+from packcli.store import Store
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 HOSTILE = "</script><script>document.title='caught'</script><b>x.jsonl"
 TWO_SETTINGS = SWEEP.replace("arm: [padding", "train.lr: [1e-3, 2e-3]\n  arm: [padding")
-WORDS = ("validation", "truncated", "dropped", "kept", "boundary", "padding")
-WHOLE = LEDGER | {f"tokens_{word}": 10 * (number + 1) for number, word in enumerate(WORDS)}
 
 Make = Callable[..., Sweep]
 
@@ -47,8 +50,12 @@ def finished(tmp_path: Path) -> Make:
         for cell in sweep.plan.cells:
             arm, seed = cell.labels["arm"], int(cell.labels["seed"])
             padded = arm == "padding"
-            sweep.trained(cell, steps=40 if padded else 20, slots=6400 if padded else 3200, cpu_s=10.0 + seed)
-            sweep.finish("index", cell.index, {"ledger": WHOLE})
+            slots, steps = (6400, 40) if padded else (3200, 20)
+            sweep.trained(cell, steps=steps, slots=slots, cpu_s=10.0 + seed)
+            parts = {"validation": 10, "dropped": 30, "boundary": 0, "padding": slots - LEDGER["tokens_kept"]}
+            ledger = sweep.store.manifest("index", cell.index).results["ledger"]
+            whole = ledger | {f"tokens_{word}": tokens for word, tokens in parts.items()}
+            sweep.finish("index", cell.index, {"ledger": whole})
             write_log(sweep, cell.train, [seed + 4.0 / (step + 1) for step in range(20)])
             for task in cell.evals:
                 sweep.scored(cell, task, scores(arm, seed) if scores else 0.5 + seed / 100)
@@ -179,9 +186,33 @@ def test_a_failed_cell_or_a_hole_is_not_shown(finished: Make) -> None:
     page = page_of(sweep)
     assert "loss is &lt;nan&gt;" in page
     assert "6 cells: 3 done, 3 failed" in page
-    (line,) = [row for row in re.findall(r"<tr>.*?</tr>", scores_of(page), re.DOTALL) if ">best_fit<" in row]
-    assert line.count('class="state">failed') >= 3  # the average and both tasks
+    (line,) = lines_of(page, "best_fit")
+    assert line.count('class="missing failed">failed') >= 3  # the average and both tasks
     assert "0.0" not in line
+
+
+def test_a_number_that_cannot_be_true_is_not_said_before_the_verdict(finished: Make) -> None:
+    sweep = finished()
+    cell = sweep.cell(arm="padding", seed="1")
+    sweep.finish("train", cell.train, sweep.store.manifest("train", cell.train).results | {"mfu": 1.5})
+    task = sweep.cell(arm="best_fit", seed="2").evals["copy"]
+    sweep.store.manifest_file("eval", task).write_bytes(b"torn")
+    page = page_of(sweep)
+    (told,) = re.findall(r'<section id="problems" class="broken">.*?</section>', page, re.DOTALL)
+    assert page.index(told) < page.index('<section id="verdict">')
+    assert re.search(r"wrong, cannot be true of a training: .*MFU", told)
+    assert "failed, eval copy" in told
+    for line in notes.problems(sweep.report()):
+        assert escape(line.split(":")[0]) in told
+
+
+def test_a_whole_sweep_is_said_to_lack_something(finished: Make) -> None:
+    assert 'id="problems"' not in page_of(finished())
+
+
+def lines_of(page: str, arm: str) -> list[str]:
+    """Of each setting the line of the arm among the scores."""
+    return [row for row in re.findall(r"<tr>.*?</tr>", scores_of(page), re.DOTALL) if f">{arm}<" in row]
 
 
 def scores_of(page: str) -> str:
@@ -193,18 +224,59 @@ def test_a_difference_inside_its_interval_is_set_off(finished: Make) -> None:
     unsure = scores_of(
         page_of(finished(scores=lambda arm, seed: 0.5 + (seed - 2) * (0.1 if arm == "best_fit" else 0.0)))
     )
-    assert "better" not in unsure
-    assert "worse" not in unsure
+    assert "shown" not in unsure
     sure = scores_of(
         page_of(finished(scores=lambda arm, seed: 0.5 - (0.2 + seed / 100 if arm == "best_fit" else 0.0)))
     )
-    assert re.search(r'class="worse" data-v="-0\.2[12]', sure)
+    assert re.search(r'data-v="-0\.2[12]\d*"><span class="change down shown">-2[12]', sure)
+
+
+def test_a_difference_is_set_off_that_a_correction_for_all_of_them_does_not_show(finished: Make) -> None:
+    """Six settings: an interval that leaves out 0 by itself is no difference yet."""
+    rates = ", ".join(f"{number}e-3" for number in range(1, 7))
+    text = SWEEP.replace("arm: [padding", f"train.lr: [{rates}]\n  arm: [padding")
+    sweep = finished(text, lambda arm, seed: 0.5 + (0.006 + 0.002 * seed if arm == "best_fit" else 0.0))
+    group = next(group for group in sweep.report().groups if group.arm == "best_fit")
+    assert group.interval is not None
+    assert group.p_holm is not None
+    assert group.interval[0] > 0
+    assert group.p_holm > 0.05
+    page = page_of(sweep)
+    lines = lines_of(page, "best_fit")
+    assert len(lines) == 6
+    assert words.p_value(group.p_holm) in lines[0]
+    assert not [line for line in lines if "shown" in line]
+    differences = next(one for one in drawn(page) if "Average score" in (one[0].text or ""))
+    assert f"p {words.p_value(group.p_holm)}" in (differences[1].text or "")
+    assert not [one for one in differences.iter() if one.get("class") == "sure"]
+
+
+def test_a_single_cell_is_shown_its_groups_mean(finished: Make) -> None:
+    sweep = finished()
+    for number, seed in enumerate("123"):
+        sweep.scored(sweep.cell(arm="padding", seed=seed), "copy", 0.5, health={"empty": 0.1 * number})
+    page = write.document(sweep.plan, sweep.store, sweep.report(), everything=True)
+    (table,) = re.findall(r'<table id="health">.*?</table>', page, re.DOTALL)
+    assert re.findall(r'data-v="[^"]*">([^<]*)<', table) == ["10.0", "0", "10.0", "20.0"]  # the group, then seeds
+
+
+def test_the_paper_is_asked_for_and_not_shown(tmp_path: Path) -> None:
+    made, report = test_paper_table.finished(tmp_path)
+    against = paper.compare(made, report)
+    page = write.document(made, Store(tmp_path / "runs"), report, against)
+    (table,) = re.findall(r'<table id="paper">.*?</table>', page, re.DOTALL)
+    for row in (row for _, rows in against.sheet().blocks for row in rows):
+        assert [text for cell in row for text in cell.lines if f">{text.strip()}<" not in table] == []
+    assert "aria-sort" not in table  # its rows belong together by three
+    assert len(re.findall('<tr class="part">', table)) == 2 * len(re.findall("<tr>.*paper</th>", table)) > 0
+    assert [line for line in against.legend() if line not in unescape(page)] == []
+    assert json.loads(Elements(page).text_of("script")[1])["against"] == against.model_dump(mode="json")
 
 
 def test_a_large_sweep_makes_a_page_without_end(finished: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "CELLS", 7)
-    monkeypatch.setattr(write, "SETTINGS", 1)
-    monkeypatch.setattr(write, "SETS", 0)
+    monkeypatch.setattr(pictures, "SETTINGS", 1)
+    monkeypatch.setattr(pictures, "SETS", 0)
     sweep = finished(TWO_SETTINGS)
     page = page_of(sweep)
     scores = scores_of(page)
@@ -265,7 +337,7 @@ FINITE = st.floats(-1e9, 1e9).map(lambda value: round(value, 6))
 @given(FINITE, FINITE)
 def test_an_axis_leaves_out_what_it_shows(a: float, b: float) -> None:
     low, high = sorted((a, b))
-    found = charts.ticks(low, high)
+    found = svg.ticks(low, high)
     slack = 1e-6 * max(1.0, abs(low), abs(high))
     assert found[0] <= low + slack
     assert found[-1] >= high - slack
@@ -273,38 +345,53 @@ def test_an_axis_leaves_out_what_it_shows(a: float, b: float) -> None:
     assert all(one < other for one, other in pairwise(found))
 
 
+def about(**more: Any) -> dict[str, Any]:
+    return {"title": "a", "caption": "b", "x_name": "x"} | more
+
+
 def test_a_chart_of_one_number_of_zeros_or_of_nothing_known_divides_by_zero() -> None:
-    for drawing in (
-        charts.lines("a", [charts.Series("b", 0, [(1.0, 2.0)])], "x", "y"),
-        charts.lines("a", [charts.Series("b", 0, [(0.0, 0.0), (1.0, 0.0)])], "x", "y"),
-        charts.bars("a", [("b", [charts.Bar(0.0, "0")]), ("c", [charts.Bar(None, "-")])], ["kind"], mark=1.0),
-        charts.forest("a", [charts.Point("b", 0.0, "0", None, None, False)], "x", (0.0, 0.0)),
-        charts.dots("a", [("b", [0.0, None])], ["one", "two"], "x"),
-        charts.balance("a", [("b", [0.0, 0.0])], [("one", "held"), ("two", "kept")], 1),
-        charts.strips("a", [charts.Strip("b", "c", 0, [0.0, 0.0])], [0.0, 1.0, 2.0], 1.0, "x"),
+    bars = [("b", 0, [charts.Bar(0.0, "0")]), ("c", 1, [charts.Bar(None, "-")])]
+    strip = charts.Strip("b", "c", 0, [0.0, 0.0])
+    for chart in (
+        charts.Curves(**about(), y_name="y", series=[charts.Series("b", 0, [(1.0, 2.0)])]),
+        charts.Curves(**about(), y_name="y", series=[charts.Series("b", 0, [(0.0, 0.0), (1.0, 0.0)])]),
+        charts.Bars(**about(), kinds=["kind"], rows=bars, mark=1.0),
+        charts.Differences(
+            **about(), points=[charts.Point("b", 0.0, "0", None, None, "items", False)], bounds=(0.0, 0.0)
+        ),
+        charts.Dots(**about(), kinds=["one", "two"], rows=[("b", [0.0, None])]),
+        charts.Balance(**about(), kinds=[("one", "held"), ("two", "kept")], rows=[("b", [0.0, 0.0])], before=1),
+        charts.Strips(**about(), edges=[0.0, 1.0, 2.0], limit=1.0, strips=[strip]),
     ):
-        picture = ElementTree.fromstring(drawing.svg("id"))
-        numbers = [float(number) for one in picture.iter() for number in re.findall(r"-?[\d.]+", one.get("d", ""))]
+        picture = svg.draw(chart, "id")
+        marks = ElementTree.fromstring(picture).iter()
+        numbers = [float(number) for one in marks for number in re.findall(r"-?[\d.]+", one.get("d", ""))]
         assert all(map(math.isfinite, numbers))
-        assert "nan" not in drawing.svg("id")
+        assert "nan" not in picture
 
 
 def test_a_small_part_of_a_ledger_is_not_seen() -> None:
     kinds = [("held out", "held"), ("truncated", "truncated"), ("kept", "kept"), ("padding", "padding")]
-    drawing = charts.balance("a", [("b", [1e6, 1.0, 1e9, 0.0])], kinds, 2)
-    widths = {
-        one.get("class"): float(one.get("width", 0)) for one in ElementTree.fromstring(drawing.svg("i")).iter()
-    }
+    chart = charts.Balance(**about(), kinds=kinds, rows=[("b", [1e6, 1.0, 1e9, 0.0])], before=2)
+    picture = ElementTree.fromstring(svg.draw(chart, "i"))
+    widths = {one.get("class"): float(one.get("width", 0)) for one in picture.iter()}
     assert widths["truncated"] == 1.5
     assert "padding" not in widths
-    assert "1 truncated" in drawing.about
+    assert "1 truncated" in (picture[1].text or "")
 
 
 def test_two_arms_look_alike() -> None:
     series = [charts.Series(f"arm {n}", n, [(0.0, 1.0), (1.0, 2.0)]) for n in range(24)]
-    marks = ElementTree.fromstring(charts.lines("a", series, "x", "y").svg("id")).iter()
+    marks = ElementTree.fromstring(svg.draw(charts.Curves(**about(), y_name="y", series=series), "id")).iter()
     looks = [one.get("class") for one in marks if one.get("class", "").startswith("line") and len(one)]
     assert len(looks) == len(set(looks)) == 24
+
+
+def test_an_arm_has_one_colour_on_the_page_and_another_in_its_files() -> None:
+    light = (resources.files("packcli.report.page") / "page.css").read_text().partition("@media")[0]
+    colours = {f"k{number}": colour for number, colour in enumerate(charts.COLOURS)} | charts.PARTS
+    for name, colour in colours.items():
+        assert f"--{name}: {colour};" in light
 
 
 # In a browser --------------------------------------------------------------------------------------------
@@ -371,7 +458,7 @@ ARMS = ["padding", "padding_free", "best_fit"]
 @pytest.mark.slow
 def test_a_table_does_not_sort(opened: Callable[..., Opened]) -> None:
     shown = opened()
-    head = shown.head("scores", "average")
+    head = shown.page.locator("#scores thead th").nth(1)  # the average
     assert shown.column("scores", 0) == ARMS
     head.get_by_role("button").click()
     assert head.get_attribute("aria-sort") == "ascending"
@@ -380,7 +467,7 @@ def test_a_table_does_not_sort(opened: Callable[..., Opened]) -> None:
     head.get_by_role("button").press("Enter")
     assert head.get_attribute("aria-sort") == "descending"
     assert shown.column("scores", 0) == ["padding_free", "best_fit", "padding"]
-    difference = shown.head("scores", "difference")
+    difference = shown.head("scores", "average less")
     difference.get_by_role("button").press("Space")
     assert head.get_attribute("aria-sort") == "none"
     assert shown.column("scores", 0) == ["best_fit", "padding_free", "padding"]  # the baseline has none: last
@@ -403,10 +490,10 @@ def test_a_group_does_not_fold_or_single_cells_leave_theirs(opened: Callable[...
     shown.page.get_by_label("show single cells").check()
     seeds = ["seed 1", "seed 2", "seed 3"]
     assert shown.column("scores", 0) == [name for arm in ARMS for name in (arm, *seeds)]
-    shown.head("scores", "average").get_by_role("button").click()
+    shown.page.locator("#scores thead th").nth(1).get_by_role("button").click()
     ordered = ["padding", *seeds, "best_fit", *seeds, "padding_free", *seeds]
     assert shown.column("scores", 0) == ordered
-    assert shown.column("scores", 1)[:4] == ["52.0 ± 0.6", "51.0", "52.0", "53.0"]
+    assert shown.column("scores", 1)[:4] == ["52.0 ± 0.6", "51.0 (± 3.5)", "52.0 (± 3.5)", "53.0 (± 3.5)"]
     first.click()
     assert shown.column("scores", 0) == []
     shown.page.locator("#fold").click()
@@ -417,7 +504,7 @@ def test_a_group_does_not_fold_or_single_cells_leave_theirs(opened: Callable[...
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [320, 360, 1280])
+@pytest.mark.parametrize("width", [320, 390, 1280])
 def test_the_page_itself_scrolls_sideways(opened: Callable[..., Opened], width: int) -> None:
     shown = opened(viewport={"width": width, "height": 740})
     shown.page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
@@ -438,8 +525,8 @@ def test_light_and_dark_look_alike_or_text_cannot_be_read(opened: Callable[..., 
         colours = shown.page.evaluate(
             """() => {
               const style = getComputedStyle(document.documentElement);
-              const names = ["ground", "raised", "text", "muted", "link", "good", "bad", "kept", "held", "lost",
-                "dropped", "boundary", ...Array.from({length: 8}, (_, n) => `k${n}`)];
+              const names = ["ground", "raised", "text", "muted", "link", "good", "bad", "kept", "held",
+                "truncated", "dropped", "boundary", ...Array.from({length: 8}, (_, n) => `k${n}`)];
               return Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
             }"""
         )
@@ -447,7 +534,7 @@ def test_light_and_dark_look_alike_or_text_cannot_be_read(opened: Callable[..., 
         for name in ("text", "muted", "link", "good", "bad"):
             for ground in ("ground", "raised"):
                 assert contrast(colours[name], colours[ground]) >= 4.5, (scheme, name)
-        for name in ("kept", "held", "lost", "dropped", "boundary", *(f"k{number}" for number in range(8))):
+        for name in ("kept", "held", "truncated", "dropped", "boundary", *(f"k{number}" for number in range(8))):
             assert contrast(colours[name], colours["ground"]) >= 3, (scheme, name)
     assert len(grounds) == 2
 

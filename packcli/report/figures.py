@@ -1,7 +1,6 @@
-"""Pictures of a report: loss curves, throughput, and where the speed-up comes from.
+"""The charts of a report as files: one for each kind, with a panel for each setting or data set.
 
-Drawn from what the report holds and from `metrics.jsonl`; equal runs give equal files, byte for byte. Only cells
-that finished training are drawn, and of shared base models nothing is.
+Equal runs give equal files, byte for byte. Of shared base models nothing is drawn.
 """
 
 from __future__ import annotations
@@ -12,28 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from packcli.errors import ConfigError, IntegrityError
-from packcli.files import read_jsonl
+from packcli.errors import ConfigError
 from packcli.log import plain
-from packcli.report import words
-from packcli.report.records import Group, Report, Row
+from packcli.plan import Plan
+from packcli.report import gather, pictures, words
+from packcli.report.charts import (
+    COLOURS,
+    PARTS,
+    Balance,
+    Bars,
+    Chart,
+    Curves,
+    Differences,
+    Dots,
+    Strips,
+    dashes,
+    shorten,
+)
+from packcli.report.records import Report
 from packcli.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""x and loss, each [steps] float64."""
-Setting = tuple[dict[str, str], list[Group]]
-
-SMOOTHING = 50
-"""A curve's points are means over 1/50 of its steps."""
-_GRID = 200
-_KINDS = ("#4477aa", "#bbbbbb", "#ccbb44", "#aa3377")  # of bars; told apart in print and by the colour-blind
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "packcli",  # ids in the file, else random
     "svg.fonttype": "none",
@@ -44,8 +45,18 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "figure.titlesize": 11,
     "legend.frameon": False,
+    "legend.fontsize": 8,
     "savefig.dpi": 150,
 }
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1)), (0, (5, 2, 1, 2)))
+_GREY = "#57606a"
+_BESIDE: dict[str, Any] = {"textcoords": "offset points"}
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line behind a number is interrupted
+_LONGEST = 60  # letters of a name
+_THIN = 0.004  # of a bar: what is drawn thinner is not seen
+_MARKERS = ("o", "s", "^")
+
+Panel = tuple[str, Chart]
 
 
 def check() -> None:
@@ -56,19 +67,24 @@ def check() -> None:
         raise ConfigError("figures need the package `matplotlib`", "pip install 'packcli[plot]'") from error
 
 
-def draw(report: Report, store: Store, directory: Path) -> list[Path]:
-    """Write `loss`, `throughput` and, where there is a baseline, `speedup`, each as SVG and PNG; their paths.
+def draw(plan: Plan, report: Report, store: Store, directory: Path) -> list[Path]:
+    """Write the charts of the report's page, each kind as SVG and PNG; their paths.
 
     Raises:
-        ConfigError: matplotlib is not installed, no cell has finished training, or `directory` is a file.
-        IntegrityError: a `metrics.jsonl` of a finished training is damaged.
+        ConfigError: matplotlib is not installed, nothing is there to draw, or `directory` is a file.
     """
     check()
-    if not any(row.train for row in report.rows):
-        raise ConfigError(f"no cell of `{report.sweep}` has finished training: nothing to draw", "train it first")
+    found = pictures.pictures(plan, report, store, gather.Members(report.rows))
+    panels: dict[str, list[Panel]] = {}
+    for name, charts in (*found.settings, *found.sets):
+        for kind, chart in charts.items():
+            panels.setdefault(kind, []).append((name, chart))
+    if not panels:
+        raise ConfigError(f"no cell of `{report.sweep}` is prepared: nothing to draw", "run the sweep first")
+    about = [_text(report.sweep), *gather.origin(plan, report)]
     with styled():
-        figures = {"loss": _loss(report, store), "throughput": _throughput(report), "speedup": _speedup(report)}
-        return save({name: figure for name, figure in figures.items() if figure is not None}, directory)
+        drawn = {kind: _figure(about, own, found.left_out()) for kind, own in panels.items()}
+        return save(drawn, directory)
 
 
 @contextmanager
@@ -100,214 +116,181 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     return written
 
 
-# Loss --------------------------------------------------------------------------------------------------
-
-
-def _loss(report: Report, store: Store) -> Figure:
-    """A line of two panels for each setting: loss against steps and against useful tokens."""
-    from matplotlib.ticker import EngFormatter
-
-    settings = _trained(report)
-    arms = list(dict.fromkeys(group.arm for group in report.groups))
-    figure, panels = _figure(report, "training loss", (len(settings), 2), _SMOOTHED)
-    for axes, (setting, groups) in zip(panels, settings, strict=True):
-        for group in groups:
-            curves = [curves_of(row, store) for row in _members(report, group)]
-            for panel, number in zip(axes, (0, 1), strict=True):
-                _lines(panel, [pair[number] for pair in curves], _text(group.arm), arms.index(group.arm))
-        for panel, unit in zip(axes, ("optimizer steps", "useful tokens"), strict=True):
-            panel.set(title=_text(words.name(setting)), xlabel=unit, ylabel="loss, nats per supervised token")
-        axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes[0].legend(fontsize=8)
-    return figure
-
-
-_SMOOTHED = (
-    f"thin: one seed, mean over 1/{SMOOTHING} of its steps; thick: median of seeds. "
-    "Arms that weight documents otherwise average otherwise: compare validation loss."
-)
-
-
-def curves_of(row: Row, store: Store) -> tuple[Curve, Curve]:
-    """One cell's smoothed loss over steps, and over useful tokens."""
-    path = store.metrics(row.ids["train"])
-    try:
-        records = read_jsonl(path)
-        columns = ([record[key] for record in records] for key in ("step", "loss", "tokens"))
-        step, loss, tokens = (np.array(column, np.float64) for column in columns)
-        width = max(1, len(loss) // SMOOTHING)
-        smooth = np.convolve(loss, np.full(width, 1 / width), mode="valid")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{path}: not the log of a training", f"delete {path.parent} and train again"
-        ) from error
-    # A mean stands at the last step it holds.
-    return (step[width - 1 :], smooth), (np.cumsum(tokens)[width - 1 :], smooth)
-
-
-def _lines(axes: Axes, curves: Sequence[Curve], name: str, number: int) -> None:
-    """The seeds of an arm and their median; arms that agree, as padded ones do, still show through each other."""
-    colour, dashes = f"C{number}", ("-", "--", "-.", ":")[number % 4]
-    for x, loss in curves if len(curves) > 1 else ():
-        axes.plot(x, loss, color=colour, linewidth=0.6, alpha=0.35)
-    middle = median(curves) if len(curves) > 1 else curves[0]
-    axes.plot(*middle, color=colour, linestyle=dashes, linewidth=1.8, label=name)
-
-
-def median(curves: Sequence[Curve]) -> Curve:
-    """The median loss over the stretch of x that all curves cover: seeds differ a little in steps and tokens."""
-    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    grid = np.linspace(first, last, _GRID)
-    return grid, np.median([np.interp(grid, x, loss) for x, loss in curves], axis=0)
-
-
-# Bars --------------------------------------------------------------------------------------------------
-
-
-def _throughput(report: Report) -> Figure:
-    """Useful and padded tokens a second of every arm, with the time a run took."""
-    settings = _trained(report)
-    note = f"Bars: mean over seeds; lines: lowest and highest. Measured on {machines(report.rows)}."
-    figure, panels = _figure(report, "throughput of training", (len(settings), 1), note)
-    for (axes,), (setting, groups) in zip(panels, settings, strict=True):
-        trains = [[row.train for row in _members(report, group) if row.train] for group in groups]
-        _bars(
-            axes,
-            {
-                "useful: tokens of documents": [[own.useful_tokens_per_s for own in found] for found in trains],
-                "padded: all slots": [[own.padded_tokens_per_s for own in found] for found in trains],
-            },
-        )
-        names = [f"{_text(group.arm)}\n{words.seconds(group.train.wall_s)} s" for group in groups if group.train]
-        _name(axes, setting, names)
-        axes.set(ylabel="tokens per second", xlabel="arm, and wall time of its training")
-    return figure
-
-
-def _speedup(report: Report) -> Figure | None:
-    """Baseline over arm in rows, steps, slots and time. None without an arm that can be compared."""
-    settings = [
-        (setting, own, others)
-        for setting, groups in _trained(report)
-        for own in groups
-        if own.arm == report.baseline and (others := [group for group in groups if group.speedup])
-    ]
-    if not settings:
-        return None
-    note = (
-        "less time = fewer slots x less time a slot. A slot takes longer where a step holds few of them, and "
-        f"where attention looks further. Measured on {machines(report.rows)}."
-    )
-    title = f"why arms take less time than {_text(report.baseline or '')}"
-    figure, panels = _figure(report, title, (len(settings), 1), note)
-    for (axes,), (setting, own, groups) in zip(panels, settings, strict=True):
-        found = [ratios(own, group, on_cpu=_on_cpu(groups)) for group in groups]
-        _bars(axes, {kind: [[one[kind]] for one in found] for kind in found[0]})
-        axes.axhline(1.0, color="0.4", linewidth=0.8)
-        _name(axes, setting, [_text(group.arm) for group in groups])
-        axes.set(ylabel=f"{_text(own.arm)} / arm", xlabel="arm")
-    return figure
-
-
-def ratios(baseline: Group, arm: Group, *, on_cpu: bool) -> dict[str, float | None]:
-    """Where an arm's speed-up comes from: the baseline over the arm in rows, steps, slots and time."""
-    return {
-        "fewer rows": _over(_rows(baseline), _rows(arm)),
-        "fewer steps": _over(_steps(baseline), _steps(arm)),
-        "fewer slots": arm.slot_ratio,
-        f"less {'CPU' if on_cpu else 'wall'} time": _less_time(arm, on_cpu),
-    }
-
-
-def _on_cpu(groups: Sequence[Group]) -> bool:
-    return all(group.train.device == "cpu" for group in groups if group.train)
-
-
-def _rows(group: Group) -> float | None:
-    return group.ledger.get("rows") if group.ledger else None
-
-
-def _steps(group: Group) -> float | None:
-    return group.train.steps if group.train else None
-
-
-def _less_time(group: Group, on_cpu: bool) -> float | None:
-    if group.speedup is None:
-        return None
-    return group.speedup.cpu if on_cpu else group.speedup.wall
-
-
-def _over(baseline: float | None, own: float | None) -> float | None:
-    return baseline / own if baseline and own else None
-
-
-def _bars(axes: Axes, kinds: dict[str, list[list[float | None]]]) -> None:
-    """A cluster of bars at 0, 1, ...: of each kind one, the mean of what is known, its range as a line."""
-    width = 0.8 / len(kinds)
-    for number, (kind, clusters) in enumerate(kinds.items()):
-        known = [(at, found) for at, values in enumerate(clusters) if (found := [v for v in values if v])]
-        places = [at + (number - (len(kinds) - 1) / 2) * width for at, _ in known]
-        means = [sum(found) / len(found) for _, found in known]
-        axes.bar(places, means, width, label=kind, color=_KINDS[number])
-        for place, mean, (_, found) in zip(places, means, known, strict=True):
-            if len(found) > 1:
-                axes.vlines(place, min(found), max(found), color="0.2", linewidth=1)
-            axes.annotate(_short(mean), (place, max(found)), ha="center", va="bottom", fontsize=7)
-
-
-def _short(value: float) -> str:
-    return words.large(value) if value >= 1000 else f"{value:.3g}"
-
-
-def _name(axes: Axes, setting: dict[str, str], arms: list[str]) -> None:
-    axes.set_title(_text(words.name(setting)))
-    crowded: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if len(arms) > 6 else {}
-    axes.set_xticks(range(len(arms)), arms, **crowded)
-    axes.margins(y=0.15)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-# Both --------------------------------------------------------------------------------------------------
-
-
-def _trained(report: Report) -> list[Setting]:
-    """Settings with the groups of which something has finished training."""
-    found = [(setting, [group for group in groups if group.train]) for setting, groups in report.settings()]
-    return [(setting, groups) for setting, groups in found if groups]
-
-
-def _members(report: Report, group: Group) -> list[Row]:
-    """The trained cells of a group, in the order of the sweep."""
-    return [row for row in report.rows if row.train and group.labels.items() <= row.labels.items()]
-
-
-def _figure(report: Report, title: str, shape: tuple[int, int], note: str) -> tuple[Figure, list[list[Axes]]]:
-    """A grid of `shape` panels, its title above and `note` below. No pyplot: nothing global, no display."""
+def _figure(about: Sequence[str], panels: Sequence[Panel], left_out: Sequence[str]) -> Figure:
+    """Panels one below the other, titles above and notes below. No pyplot: nothing global, no display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 0.9 + 2.9 * shape[0]), layout="constrained")
-    random = any(row.train.random_weights for row in report.rows if row.train)
-    figure.suptitle(f"{_text(report.sweep)}: {title}{' (from random weights)' if random else ''}")
-    figure.supxlabel(textwrap.fill(note, 150), fontsize=7, color="0.3")
-    return figure, figure.subplots(*shape, squeeze=False).tolist()
+    heights = [_height(chart) for _, chart in panels]
+    notes = dict.fromkeys([*(chart.caption for _, chart in panels), *(left_out)])
+    note = textwrap.fill(" ".join(notes), 130)
+    figure = Figure(figsize=(8.0, 0.7 + 0.13 * note.count("\n") + sum(heights)), layout="constrained")
+    figure.suptitle(f"{panels[0][1].title}\n{' · '.join(about)}")
+    figure.supxlabel(note, fontsize=7, color=_GREY)
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (name, chart) in zip(grid[:, 0], panels, strict=True):
+        axes.set_title(_text(name), loc="left", color=_GREY)
+        axes.set_xlabel(chart.x_name)
+        _draw(axes, chart)
+    return figure
 
 
-def machines(rows: Sequence[Row]) -> str:
-    """`cpu (1 process, 1 thread)`, each kind once."""
-    kinds = dict.fromkeys(
-        f"{row.train.device} ({_number(row.train.processes, 'process', 'processes')}"
-        + (f", {_number(row.train.threads, 'thread', 'threads')})" if row.train.threads else ")")
-        for row in rows
-        if row.train
-    )
-    return words.listed(list(kinds))
+def _height(chart: Chart) -> float:
+    """Of a panel, in inches: lines need room, all else as much as its rows do."""
+    match chart:
+        case Curves():
+            return 3.2
+        case Bars():
+            return 0.8 + len(chart.rows) * (0.12 + 0.19 * len(chart.kinds))
+        case Differences():
+            return 0.8 + 0.42 * len(chart.points)
+        case Strips():
+            return 0.8 + 0.55 * len(chart.strips)
+        case Dots() | Balance():
+            return 1.0 + 0.36 * len(chart.rows)
 
 
-def _number(count: int | None, one: str, many: str) -> str:
-    return f"{count if count is not None else '?'} {one if count == 1 else many}"
+def _draw(axes: Axes, chart: Chart) -> None:
+    match chart:
+        case Curves():
+            _curves(axes, chart)
+        case Bars():
+            _bars(axes, chart)
+        case Differences():
+            _differences(axes, chart)
+        case Dots():
+            _dots(axes, chart)
+        case Balance():
+            _balance(axes, chart)
+        case Strips():
+            _strips(axes, chart)
+
+
+def _curves(axes: Axes, chart: Curves) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    for one in chart.series:
+        colour = COLOURS[one.number % len(COLOURS)]
+        for curve in one.single:
+            axes.plot(*_xy(curve), color=colour, linewidth=0.6, alpha=0.4)
+        axes.plot(
+            *_xy(one.middle),
+            color=colour,
+            linestyle=_DASHES[dashes(one.number)],
+            linewidth=1.8,
+            label=_text(one.name),
+        )
+    axes.set_ylabel(chart.y_name)
+    if chart.log:
+        axes.set_yscale("log")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="0.9")
+    _legend(axes)
+
+
+def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
+
+
+def _bars(axes: Axes, chart: Bars) -> None:
+    """A cluster of bars for each row, from above; their ranges as lines."""
+    from matplotlib.ticker import EngFormatter
+
+    size = 0.8 / len(chart.kinds)
+    for number, kind in enumerate(chart.kinds):
+        for row, (_, arm, bars) in enumerate(chart.rows):
+            bar, y = bars[number], row + (number - (len(chart.kinds) - 1) / 2) * size
+            colour = COLOURS[chart.colour(arm, number) % len(COLOURS)]
+            axes.barh(y, bar.value or 0.0, size, color=colour, label=kind if row == 0 else None)
+            if bar.low is not None and bar.high is not None:
+                axes.hlines(y, bar.low, bar.high, color="0.2", linewidth=1)
+            end = max(bar.value or 0.0, bar.high or 0.0)
+            axes.annotate(bar.shown, (end, y), (3, 0), **_BESIDE, va="center_baseline", fontsize=7.5, bbox=_CLEAR)
+    if chart.mark is not None:
+        axes.axvline(chart.mark, color="0.4", linewidth=0.8, linestyle="--")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _rows(axes, [name for name, _, _ in chart.rows])
+    if len(chart.kinds) > 1:
+        _legend(axes)
+
+
+def _differences(axes: Axes, chart: Differences) -> None:
+    for row, point in enumerate(chart.points):
+        colour = COLOURS[0] if point.certain else _GREY
+        if point.low is not None and point.high is not None:
+            style = "--" if point.over == "items" else "-"
+            axes.hlines(row, point.low, point.high, color=colour, linewidth=1.5, linestyle=style)
+        axes.plot(point.value, row, "o", color=colour, markerfacecolor=colour if point.certain else "white")
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_xlim(*_widened(*chart.bounds))
+    _rows(axes, [f"{point.name}\n{point.shown}" for point in chart.points])
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _dots(axes: Axes, chart: Dots) -> None:
+    for number, kind in enumerate(chart.kinds):
+        known = [(values[number], row) for row, (_, values) in enumerate(chart.rows) if values[number] is not None]
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(*zip(*known, strict=True), marker, color=COLOURS[number % len(COLOURS)], label=_text(kind))
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    _rows(axes, [name for name, _ in chart.rows])
+    _legend(axes)
+
+
+def _balance(axes: Axes, chart: Balance) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    widest = max(sum(parts) for _, parts in chart.rows)
+    for row, (_, parts) in enumerate(chart.rows):
+        for order, side in ((reversed(range(chart.before)), -1), (range(chart.before, len(parts)), 1)):
+            start = 0.0
+            for number in order:
+                if parts[number]:
+                    wide = side * max(parts[number], _THIN * widest)
+                    axes.barh(row, wide, 0.5, left=start, color=PARTS[chart.kinds[number][1]])
+                    start += wide
+        axes.annotate(chart.counts(parts), (0, row + 0.27), (3, -1), **_BESIDE, va="top", fontsize=6.5)
+    for number, (name, key) in enumerate(chart.kinds):
+        if any(parts[number] for _, parts in chart.rows):
+            axes.barh(0, 0, color=PARTS[key], label=name)
+    axes.axvline(0, color="0.2", linewidth=0.8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.large(abs(value))))
+    _rows(axes, [name for name, _ in chart.rows])
+    _legend(axes)
+
+
+def _strips(axes: Axes, chart: Strips) -> None:
+    widths = [right - left for left, right in zip(chart.edges, chart.edges[1:], strict=False)]
+    for row, strip in enumerate(chart.strips):
+        most = max(strip.shares) or 1.0
+        heights = [-0.8 * share / most for share in strip.shares]  # y grows downwards
+        colour = COLOURS[strip.number % len(COLOURS)]
+        axes.bar(chart.edges[:-1], heights, widths, row + 0.4, align="edge", color=colour)
+        axes.axhline(row + 0.4, color="0.8", linewidth=0.6)
+    axes.axvline(chart.limit, color="0.4", linewidth=0.8, linestyle="--")
+    axes.set_xlim(chart.edges[0], chart.edges[-1])
+    _rows(axes, [f"{strip.name}\n{strip.shown}" for strip in chart.strips])
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """A name at each of the rows 0, 1, ... from above."""
+    axes.set_yticks(range(len(names)), [_text(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _text(text: str) -> str:
-    """In a legend, a name that begins with `_` would be left out."""
-    shown = plain(text)
+    """Cut where it would leave no room to draw. In a legend, a name that begins with `_` would be left out."""
+    shown = "\n".join(shorten(plain(line), _LONGEST) for line in text.split("\n"))
     return f" {shown}" if shown.startswith("_") else shown

@@ -1,4 +1,4 @@
-"""What a page shows beside the report, read from the store: curves, lengths, and where each number came from.
+"""What pictures and page show beside the report, read from the store: curves, lengths, and origins.
 
 Whatever cannot be read any more is left out and named.
 """
@@ -16,15 +16,22 @@ from packcli.data import index as indexes
 from packcli.data.corpus import SOURCES
 from packcli.data.tokens import Tokens
 from packcli.errors import IntegrityError
+from packcli.files import read_jsonl
 from packcli.plan import Kind, Plan
-from packcli.report import figures, words
+from packcli.report import words
 from packcli.report.records import Report, Row
 from packcli.store import Manifest, Store
 
 Labels = frozenset[tuple[str, str]]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""x and loss, each [steps] float64."""
+
 BINS = 48
 POINTS = 120
 """Of a curve: it is smooth already, and a page holds hundreds."""
+SMOOTHING = 50
+"""A curve's points are means over 1/50 of its steps."""
+_GRID = 200
 
 
 class Members:
@@ -43,6 +50,21 @@ def _without_seed(labels: Mapping[str, str]) -> Labels:
     return frozenset(item for item in labels.items() if item[0] != "seed")
 
 
+def machines(rows: Sequence[Row]) -> str:
+    """`cpu (1 process, 1 thread)`, each kind once."""
+    kinds = dict.fromkeys(
+        f"{row.train.device} ({_number(row.train.processes, 'process', 'processes')}"
+        + (f", {_number(row.train.threads, 'thread', 'threads')})" if row.train.threads else ")")
+        for row in rows
+        if row.train
+    )
+    return words.listed(list(kinds))
+
+
+def _number(count: int | None, one: str, many: str) -> str:
+    return f"{count if count is not None else '?'} {one if count == 1 else many}"
+
+
 def origin(plan: Plan, report: Report) -> list[str]:
     """What to say beside every number: that data are synthetic, that weights are random."""
     cells = plan.cells
@@ -59,21 +81,32 @@ def origin(plan: Plan, report: Report) -> list[str]:
 # Curves ------------------------------------------------------------------------------------------------
 
 
-def curves(row: Row, store: Store) -> tuple[figures.Curve, figures.Curve] | None:
-    """Smoothed loss over steps and over useful tokens, in at most `POINTS` points; None where the log is gone."""
+def curves(row: Row, store: Store) -> tuple[Curve, Curve] | None:
+    """Smoothed loss over steps and over useful tokens, in at most `POINTS` points; None without a log."""
     try:
-        found = figures.curves_of(row, store)
-    except IntegrityError:
+        records = read_jsonl(store.metrics(row.ids["train"]))
+        columns = ([record[key] for record in records] for key in ("step", "loss", "tokens"))
+        step, loss, tokens = (np.array(column, np.float64) for column in columns)
+        width = max(1, len(loss) // SMOOTHING)
+        smooth = np.convolve(loss, np.full(width, 1 / width), mode="valid")
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    by_step, by_tokens = (_thinned(*curve) for curve in found)
-    return by_step, by_tokens
+    # A mean stands at the last step it holds.
+    return _thinned(step[width - 1 :], smooth), _thinned(np.cumsum(tokens)[width - 1 :], smooth)
 
 
-def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> figures.Curve:
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Curve:
     if len(x) <= POINTS:
         return x, y
     grid = np.linspace(x[0], x[-1], POINTS)
     return grid, np.interp(grid, x, y)
+
+
+def median(curves: Sequence[Curve]) -> Curve:
+    """The median loss over the stretch of x that all curves cover: seeds differ a little in steps and tokens."""
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.linspace(first, last, _GRID)
+    return grid, np.median([np.interp(grid, x, loss) for x, loss in curves], axis=0)
 
 
 # Lengths -----------------------------------------------------------------------------------------------
@@ -81,9 +114,13 @@ def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> figures.Curve:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """`shares` [BINS + 1] float64: of each bin up to the row length, and of all that is longer."""
+    """`shares` [BINS + 1] float64: of each bin up to the row length, and of all that is longer.
+
+    `arm`: whose rows they are; None of documents.
+    """
 
     name: str
+    arm: str | None
     count: int
     median: float
     longest: int
@@ -152,25 +189,26 @@ def _documents(id_: str, max_length: int, store: Store) -> Spread | None:
         return None
     try:
         tokens = Tokens(store, id_, files=manifest.results["files"], shards=manifest.results["shards"])
-        return _spread("documents, uncut", tokens.lengths, max_length)
+        return _spread("documents, uncut", None, tokens.lengths, max_length)
     except (OSError, ValueError, KeyError):
         return None
 
 
 def _rows(name: str, row: Row, max_length: int, store: Store) -> Spread | None:
     try:
-        return _spread(name, indexes.read(store.rows(row.ids["index"])).epoch(0).tokens, max_length)
+        found = indexes.read(store.rows(row.ids["index"])).epoch(0).tokens
+        return _spread(name, row.labels.get("arm", ""), found, max_length)
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _spread(name: str, lengths: NDArray[np.int64], max_length: int) -> Spread | None:
+def _spread(name: str, arm: str | None, lengths: NDArray[np.int64], max_length: int) -> Spread | None:
     if not len(lengths):
         return None
     edges = bin_edges(max_length)
     # The last bin of the row length holds rows that are full.
     counts = np.histogram(lengths, [*edges[:-1], max_length + 0.5, np.inf])[0]
-    return Spread(name, len(lengths), float(np.median(lengths)), int(lengths.max()), counts / len(lengths))
+    return Spread(name, arm, len(lengths), float(np.median(lengths)), int(lengths.max()), counts / len(lengths))
 
 
 def bin_edges(max_length: int) -> NDArray[np.float64]:

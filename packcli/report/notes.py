@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from packcli.log import plain
 from packcli.report import words
-from packcli.report.records import PooledScore, Report
+from packcli.report.records import SIGNIFICANT, PooledScore, Report
 
 
-def not_done(report: Report) -> list[str]:
+def problems(report: Report) -> list[str]:
+    """What a reader must know first: cells that are not done, numbers that cannot be true or be trusted."""
+    return [*_cells(report), *unhealthy(report)]
+
+
+def _cells(report: Report) -> list[str]:
     """One line for each cell that is not done, with the cause where a stage failed; many alike are one."""
     lines: dict[str, list[str]] = {}
     for row in report.rows:
@@ -54,7 +59,8 @@ def legend(report: Report) -> list[str]:
     if any(group.interval for group in report.groups):
         lines.append(
             "difference [low, high]: mean over the seeds both have, paired by seed, and its 95% interval "
-            "(Student's t) for this arm alone; bold: 0 lies outside. p (Holm): corrected for all of this report's."
+            "(Student's t) for this arm alone. p (Holm): corrected for all differences of this report; bold: "
+            f"shown, that p is below {SIGNIFICANT}. Not shown does not mean none."
         )
         lines.append(
             "detectable effect: a true difference of that size is found in 80% of such sweeps, so corrected."
@@ -66,7 +72,6 @@ def legend(report: Report) -> list[str]:
         )
     if any(group.left_out for group in report.groups):
         lines.append("partial n/N: rows that this machine could not score; the score stands in no mean.")
-    lines += unhealthy(report)
     if any(group.probes for group in report.groups):
         lines.append(
             "attention across: to other documents of a row, of what does not go to the row's first token, mean "

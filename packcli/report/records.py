@@ -10,6 +10,9 @@ from packcli.store import State
 
 Interval = tuple[float, float]
 
+SIGNIFICANT = 0.05
+"""A difference is shown where its p-value, after Holm's correction over the report, is below this."""
+
 
 class Train(Spec):
     """A finished training. `tokens`, `slots`, `supervised` and `documents` (that start in its rows) are of the
@@ -215,6 +218,11 @@ class Group(Spec):
     @property
     def arm(self) -> str:
         return self.labels.get("arm", "")
+
+    @property
+    def shown(self) -> bool:
+        """Whether its difference to the baseline is."""
+        return self.p_holm is not None and self.p_holm < SIGNIFICANT
 
     @property
     def setting(self) -> dict[str, str]:

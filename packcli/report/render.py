@@ -46,7 +46,7 @@ def _sheets(report: Report, against: Against | None, everything: bool) -> list[S
 
 
 def _notes(report: Report, against: Against | None) -> list[list[str]]:
-    found = [notes.not_done(report), notes.legend(report), against.legend() if against else []]
+    found = [notes.problems(report), notes.legend(report), against.legend() if against else []]
     return [lines for lines in found if lines]
 
 
@@ -193,9 +193,9 @@ def _with_unit(column: str) -> str:
     return f"{column} (nats per token)" if "_loss" in name else column
 
 
-def json_text(report: Report, against: Against | None = None) -> str:
-    """The contract's JSON, indented, keys in the order of the contract."""
+def json_text(report: Report, against: Against | None = None, *, indent: bool = True) -> str:
+    """The contract's JSON, keys in the order of the contract."""
     document = report.model_dump(mode="json")
     if against is not None:
         document["against"] = against.model_dump(mode="json")
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode()

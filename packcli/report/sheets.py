@@ -19,11 +19,16 @@ from packcli.store import State
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """`change`: a signed difference, below `text`; `shown`: 0 lies outside its interval over seeds."""
+    """`change`: a signed difference, below `text`; `shown`: it is, after Holm's correction.
+
+    `value`: what to sort by, None where nothing is known; `missing`: `text` says why that is.
+    """
 
     text: str
     change: str = ""
     shown: bool = False
+    value: float | str | None = None
+    missing: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -39,11 +44,44 @@ class Sheet:
     blocks: list[tuple[str, list[list[Cell]]]]
 
 
-Column = tuple[str, Callable[[Group], Cell | str]]
+Column = tuple[str, Callable[[Group], Cell]]
 Key = frozenset[tuple[str, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What a sheet says of a group, column by column; of a single cell too, taken as a group of one.
+
+    The last `summary` columns are what the others come to.
+    """
+
+    id: str
+    title: str
+    columns: list[Column]
+    summary: int = 0
+
+    @property
+    def header(self) -> list[str]:
+        return ["arm", *(words.plain_lines(name) for name, _ in self.columns)]
+
+    def row(self, group: Group) -> list[Cell]:
+        return [Cell(plain(group.arm) or "all"), *(shown(group) for _, shown in self.columns)]
+
+
 def sheets(report: Report, *, everything: bool = False) -> list[Sheet]:
+    """Every table of a report over all its groups, by setting."""
+    settings = report.settings()
+    return [
+        Sheet(
+            table.title,
+            table.header,
+            [(words.name(setting), [table.row(group) for group in groups]) for setting, groups in settings],
+        )
+        for table in tables(report, everything=everything)
+    ]
+
+
+def tables(report: Report, *, everything: bool = False) -> list[Table]:
     """Scores, judged scores, cost of training, and what probes found; those that hold anything.
 
     `everything`: also the columns that only a doubt asks for, and the health of each score.
@@ -53,34 +91,31 @@ def sheets(report: Report, *, everything: bool = False) -> list[Sheet]:
     base = plain(report.baseline) if report.baseline is not None else None
     against = f"; below each its difference to {base}, in points" if base else ""
     tail = _overall(report)
+    tails = (tail if benchmarks or not judged else [], tail if judged and not benchmarks else [])
+    scores = f"scores, %, mean over seeds{against}" if benchmarks else "validation loss, mean over seeds"
     found = [
-        (
-            f"scores, %, mean over seeds{against}",
-            [*_scores(benchmarks, groups), *(tail if benchmarks or not judged else [])],
+        Table(
+            "scores",
+            scores,
+            [*_scores(benchmarks, groups), *tails[0]],
+            len(tails[0]),
         ),
-        (
+        Table(
+            "judged",
             f"scores by a judge, %, mean over seeds{against}",
-            [*_scores(judged, groups), *([] if benchmarks else tail)],
+            [*_scores(judged, groups), *tails[1]],
+            len(tails[1]),
         ),
-        ("cost of training, mean over seeds", _costs(report, everything)),
-        ("inside the model, mean over seeds", _probes(groups)),
-        ("health of the scores, mean over seeds", _health(report) if everything else []),
+        Table("costs", "cost of training, mean over seeds", _costs(report, everything)),
+        Table("probes", "inside the model, mean over seeds", _probes(groups)),
+        Table("health", "health of the scores, mean over seeds", _health(report) if everything else []),
     ]
-    return [_sheet(title, columns, report) for title, columns in found if columns]
+    return [table for table in found if table.columns]
 
 
 def _tasks(groups: Iterable[Group], kind: protocol.Kind) -> list[str]:
     tasks = dict.fromkeys(task for group in groups for task in group.task_states)
     return [task for task in tasks if protocol.kind(task) == kind]
-
-
-def _sheet(title: str, columns: list[Column], report: Report) -> Sheet:
-    def row(group: Group) -> list[Cell]:
-        cells = [shown(group) for _, shown in columns]
-        return [Cell(plain(group.arm)), *(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)]
-
-    blocks = [(words.name(setting), [row(group) for group in groups]) for setting, groups in report.settings()]
-    return Sheet(title, ["arm", *(words.plain_lines(name) for name, _ in columns)], blocks)
 
 
 # What they score ---------------------------------------------------------------------------------------
@@ -100,18 +135,19 @@ def _task_name(task: str, groups: Iterable[Group]) -> str:
 def _score(group: Group, task: str) -> Cell:
     if (score := group.eval.get(task)) is None:
         if task in group.left_out:
-            return Cell(f"partial\n{group.left_out[task]}")
+            return Cell(f"partial\n{group.left_out[task]}", missing=True)
         found = group.task_states.get(task)
-        return Cell(_states(found, group.n_cells) if found else words.NONE)
+        return _states(found, group.n_cells) if found else Cell(words.NONE)
     as_expected = score.n_seeds == (group.n_seeds or group.n_cells)
     few = "" if as_expected else f"\n({score.n_seeds} of {group.n_cells})"
     items = group.items.get(task)
     change = words.points(items.delta) if items else ""
-    return Cell(f"{words.percent(score.score)}{_error(score.stderr, score.stderr_items)}{few}", change)
+    text = f"{words.percent(score.score)}{_error(score.stderr, score.stderr_items)}{few}"
+    return Cell(text, change, value=score.score)
 
 
-def _states(found: Mapping[State, int], total: int) -> str:
-    return words.states(found, total).replace(", ", ",\n")
+def _states(found: Mapping[State, int], total: int) -> Cell:
+    return Cell(words.states(found, total).replace(", ", ",\n"), missing=True)
 
 
 def _error(seeds: float | None, items: float | None) -> str:
@@ -127,66 +163,68 @@ def _overall(report: Report) -> list[Column]:
         limited = any(score.partial for group in groups for score in group.eval.values())
         columns.append(("average" + "\n(partial)" * limited, _average))
         if report.baseline is not None:
-            columns += [
-                (f"average less\n{report.baseline}'s", lambda group: _delta(group, report.baseline)),
-                ("detectable", _detectable),
-            ]
+            columns.append((f"average less\n{report.baseline}'s", partial(_delta, baseline=report.baseline)))
         if any(group.p_holm is not None for group in groups):
-            columns.append(
-                ("p\n(Holm)", lambda group: words.NONE if group.p_holm is None else f"{group.p_holm:.3f}")
-            )
-        columns.append(("seeds\nscored", lambda group: f"{group.n_seeds} of {group.n_cells}"))
+            columns.append(("p\n(Holm)", lambda group: Cell(words.p_value(group.p_holm), value=group.p_holm)))
+        if report.baseline is not None:
+            columns.append(("detectable", _detectable))
+        columns.append(("seeds\nscored", lambda group: _counted(group.n_seeds, group.n_cells)))
     if any(group.train and group.train.validation_loss is not None for group in groups):
         columns.append(("validation loss,\nnats/token", _validation))
     return columns
 
 
-def _average(group: Group) -> str:
+def _average(group: Group) -> Cell:
     if group.average is None:
-        return "partial" if group.left_out else _states(group.states, group.n_cells)
-    return f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
+        return Cell("partial", missing=True) if group.left_out else _states(group.states, group.n_cells)
+    text = f"{words.percent(group.average)}{_error(group.stderr, group.stderr_items)}"
+    return Cell(text, value=group.average)
 
 
-def _delta(group: Group, baseline: str | None) -> Cell:
+def _delta(group: Group, baseline: str) -> Cell:
     if group.arm == baseline:
         return Cell("baseline")
     if group.delta is None:
         return Cell(words.NONE)
-    bounds, shown = "no interval", False
+    bounds = "no interval"
     if group.interval:
-        bounds, shown = words.interval(group.interval), not group.interval[0] <= 0 <= group.interval[1]
+        bounds = words.interval(group.interval)
     elif found := group.average_items:
         bounds = f"({words.interval((found.low, found.high))})"
-    return Cell("", f"{words.points(group.delta)}\n{bounds}", shown)
+    return Cell("", f"{words.points(group.delta)}\n{bounds}", group.shown, value=group.delta)
 
 
-def _detectable(group: Group) -> str:
-    return words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
+def _detectable(group: Group) -> Cell:
+    text = words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
+    return Cell(text, value=group.detectable)
 
 
-def _validation(group: Group) -> str:
+def _counted(number: int, of: int) -> Cell:
+    return Cell(f"{number} of {of}", value=number)
+
+
+def _validation(group: Group) -> Cell:
     if group.train is None:
         return _states(group.train_states, group.n_cells)
-    stderr = group.train.validation_loss_stderr
-    return words.loss(group.train.validation_loss) + (f" ± {words.loss(stderr)}" if stderr is not None else "")
+    stderr, loss = group.train.validation_loss_stderr, group.train.validation_loss
+    return Cell(words.loss(loss) + (f" ± {words.loss(stderr)}" if stderr is not None else ""), value=loss)
 
 
 def _health(report: Report) -> list[Column]:
     """Mean over seeds of what each score says of its own trustworthiness: shares in %, mean tokens as such."""
     found: dict[Key, dict[tuple[str, str], list[float]]] = {}
     for row in report.rows:
-        labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
-        own = found.setdefault(labels, {})
-        for task, score in row.eval.items():
-            for name, value in score.health.items():
-                own.setdefault((task, name), []).append(value)
+        pooled = {axis: value for axis, value in row.labels.items() if axis != "seed"}
+        for labels in {frozenset(pooled.items()), frozenset(row.labels.items())}:
+            own = found.setdefault(labels, {})
+            for task, score in row.eval.items():
+                for name, value in score.health.items():
+                    own.setdefault((task, name), []).append(value)
 
-    def cell(group: Group, task: str, name: str) -> str:
+    def cell(group: Group, task: str, name: str) -> Cell:
         values = found.get(frozenset(group.labels.items()), {}).get((task, name))
-        if not values:
-            return words.NONE
-        mean = math.fsum(values) / len(values)
-        return words.count(mean) if name == "mean_tokens" else words.share(mean)
+        mean = math.fsum(values) / len(values) if values else None
+        return Cell(words.count(mean) if name == "mean_tokens" else words.share(mean), value=mean)
 
     names = dict.fromkeys(key for own in found.values() for key in own)
     units = {name: "" if name == "mean_tokens" else ", %" for _, name in names}
@@ -201,12 +239,12 @@ def _costs(report: Report, everything: bool) -> list[Column]:
     # Beside an accelerator the CPU only waits: its time says nothing of the arm.
     on_cpu = all(group.train.device == "cpu" for group in groups if group.train)
     has_mfu = any(group.train and group.train.mfu is not None for group in groups)
-    columns: list[tuple[bool, str, Callable[[Group], Cell | str]]] = [
-        (True, "rows\nan epoch", lambda group: _in_ledger(group, "rows")),
-        (_any(groups, "documents_cut"), "documents\ncut", lambda group: _in_ledger(group, "documents_cut")),
-        (_any(groups, "tokens_truncated"), "tokens\ncut off", lambda group: _in_ledger(group, "tokens_truncated")),
-        (_any(groups, "tokens_dropped"), "tokens\ndropped", lambda group: _in_ledger(group, "tokens_dropped")),
-        (True, "efficiency,\n%", _efficiency),
+    columns: list[tuple[bool, str, Callable[[Group], Cell]]] = [
+        (True, "rows\nan epoch", _in_ledger("rows")),
+        (_any(groups, "documents_cut"), "documents\ncut", _in_ledger("documents_cut")),
+        (_any(groups, "tokens_truncated"), "tokens\ncut off", _in_ledger("tokens_truncated")),
+        (_any(groups, "tokens_dropped"), "tokens\ndropped", _in_ledger("tokens_dropped")),
+        (True, "efficiency,\n%", _in_ledger("efficiency", words.percent)),
         (True, "optimizer\nsteps", _trained("steps", words.count)),
         (True, "slots\ncomputed", _trained("slots", words.large)),
         (everything, "slots\na step", _slots_a_step),
@@ -226,7 +264,7 @@ def _costs(report: Report, everything: bool) -> list[Column]:
             (True, f"less {time}\ntime a slot", _against(baseline, _speedup(f"{time.lower()}_per_slot"))),
         ]
     columns.append(
-        (True, "seeds\ntrained", lambda group: f"{group.train.n if group.train else 0} of {group.n_cells}")
+        (True, "seeds\ntrained", lambda group: _counted(group.train.n if group.train else 0, group.n_cells))
     )
     return [(name, shown) for wanted, name, shown in columns if wanted]
 
@@ -235,28 +273,38 @@ def _any(groups: Iterable[Group], word: str) -> bool:
     return any(group.ledger and group.ledger.get(word) for group in groups)
 
 
-def _in_ledger(group: Group, word: str) -> str:
-    return words.count(group.ledger.get(word) if group.ledger else None)
+def _in_ledger(word: str, text: Callable[[float | None], str] = words.count) -> Callable[[Group], Cell]:
+    def shown(group: Group) -> Cell:
+        value = group.ledger.get(word) if group.ledger else None
+        return Cell(text(value), value=value)
+
+    return shown
 
 
-def _efficiency(group: Group) -> str:
-    return words.percent(group.ledger.get("efficiency") if group.ledger else None)
-
-
-def _trained(field: str, shown: Callable[[float | None], str]) -> Callable[[Group], str]:
+def _trained(field: str, text: Callable[[float | None], str]) -> Callable[[Group], Cell]:
     """A mean of the group's trainings, or in words why there is none."""
-    return lambda group: (
-        _states(group.train_states, group.n_cells) if group.train is None else shown(getattr(group.train, field))
-    )
+
+    def shown(group: Group) -> Cell:
+        if group.train is None:
+            return _states(group.train_states, group.n_cells)
+        value = getattr(group.train, field)
+        return Cell(text(value), value=value)
+
+    return shown
 
 
-def _against(baseline: str, ratio: Callable[[Group], float | None]) -> Callable[[Group], str]:
-    return lambda group: "baseline" if group.arm == baseline else words.times(ratio(group))
+def _against(baseline: str, ratio: Callable[[Group], float | None]) -> Callable[[Group], Cell]:
+    def shown(group: Group) -> Cell:
+        value = ratio(group)
+        return Cell("baseline", value=1.0) if group.arm == baseline else Cell(words.times(value), value=value)
+
+    return shown
 
 
-def _slots_a_step(group: Group) -> str:
+def _slots_a_step(group: Group) -> Cell:
     found = group.train
-    return words.large(found.slots / found.steps if found and found.slots and found.steps else None)
+    value = found.slots / found.steps if found and found.slots and found.steps else None
+    return Cell(words.large(value), value=value)
 
 
 def _speedup(field: str) -> Callable[[Group], float | None]:
@@ -308,9 +356,10 @@ def _behind(one: Probed, other: str) -> float | None:
     return one.behind.get(other)
 
 
-def _probe(group: Group, values: Callable[[Probed], float | None], shown: Callable[[float | None], str]) -> str:
+def _probe(group: Group, values: Callable[[Probed], float | None], shown: Callable[[float | None], str]) -> Cell:
     known = [found for one in group.probes if (found := values(one)) is not None]
     if known:
-        return shown(math.fsum(known) / len(known))
+        mean = math.fsum(known) / len(known)
+        return Cell(shown(mean), value=mean)
     states = {} if group.probes else group.task_states.get(protocol.PROBES, {})
-    return _states(states, group.n_cells) if states else words.NONE
+    return _states(states, group.n_cells) if states else Cell(words.NONE)

@@ -17,9 +17,8 @@ from packcli.plan import Plan, TrainOrder
 from packcli.report import confounds, words
 from packcli.report.confounds import Arm
 from packcli.report.costs import Timing, comparable, fastest, sentence, timing
-from packcli.report.records import Group, Row, Train, by_setting
+from packcli.report.records import SIGNIFICANT, Group, Row, Train, by_setting
 
-SIGNIFICANT = 0.05
 SAME_LOSS = 0.001
 MOST_SETTINGS = 12
 MOST_ARMS = 6
@@ -185,7 +184,7 @@ def _standing(group: Group, base: Group) -> Standing:
         return "unknown"
     if group.interval is None or group.p_holm is None:
         return "equal" if group.delta == 0 and _same_loss(group, base) else "unknown"
-    if group.p_holm >= SIGNIFICANT:
+    if not group.shown:
         return "open"
     return "above" if group.delta > 0 else "below"
 
@@ -241,15 +240,12 @@ def _estimate(arm: Arm, comparisons: int) -> str:
     assert group.p is not None
     assert group.p_holm is not None
     text = f"{arm.name} {words.points(group.delta or 0.0)} {words.interval(group.interval)}"
-    if group.p_holm < SIGNIFICANT:
-        return f"{text} (p {_p(group.p_holm)}{' by Holm' if comparisons > 1 else ''})"
+    if group.shown:
+        return f"{text} (p {words.p_value(group.p_holm)}{' by Holm' if comparisons > 1 else ''})"
     if group.p < SIGNIFICANT:
-        return f"{text} (p {_p(group.p)} by itself, {_p(group.p_holm)} over {comparisons} comparisons)"
+        corrected = f"{words.p_value(group.p_holm)} over {comparisons} comparisons"
+        return f"{text} (p {words.p_value(group.p)} by itself, {corrected})"
     return text
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.2g}"
 
 
 def _unbounded(groups: list[Group]) -> list[str]:

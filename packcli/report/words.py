@@ -66,6 +66,11 @@ def interval(bounds: Interval) -> str:
     return f"[{points(bounds[0])}, {points(bounds[1])}]"
 
 
+def p_value(value: float | None) -> str:
+    """`0.012`, `< 0.001`."""
+    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
 def times(value: float | None) -> str:
     """A ratio: `2.9x`, `1.04x`."""
     return NONE if value is None else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"

@@ -49,10 +49,10 @@
   for (const table of document.querySelectorAll("table")) {
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
-      head.setAttribute("aria-sort", "none");
+      if (!head.hasAttribute("aria-sort")) return;
       asButton(head).addEventListener("click", () => {
         const [state, direction] = NEXT[head.getAttribute("aria-sort")];
-        for (const other of heads) other.setAttribute("aria-sort", "none");
+        for (const other of table.querySelectorAll("[aria-sort]")) other.setAttribute("aria-sort", "none");
         head.setAttribute("aria-sort", state);
         sort(table, column, direction);
       });

@@ -1,7 +1,7 @@
-"""Charts as SVG text, from plain numbers. Pure: equal input gives equal bytes.
+"""Charts as SVG text. Pure: equal input gives equal bytes.
 
 All are `WIDTH` wide, so that words stay readable on a phone; y grows downwards. Colours are classes that
-`page.css` gives values for light and dark: `k0`..`k7`, told apart by the colour-blind too; `d0`..`d3` are dashes.
+`page.css` gives values for light and dark: `k0`..`k7`; `d0`..`d3` are dashes.
 """
 
 from __future__ import annotations
@@ -12,85 +12,72 @@ from dataclasses import dataclass
 
 from packcli.data.svg import at, flow, px, safe, text, text_width
 from packcli.report import words
+from packcli.report.charts import (
+    COLOURS,
+    Balance,
+    Bar,
+    Bars,
+    Chart,
+    Curve,
+    Curves,
+    Differences,
+    Dots,
+    Point,
+    Strip,
+    Strips,
+    dashes,
+    shorten,
+)
 
 WIDTH = 360
-COLOURS = 8
 _LEFT, _RIGHT = 44, 8
 _PLOT = 190  # height of a plot of lines
 _BAR = 11
 _STRIP = 34
-_LONGEST = 34  # letters of a name beside a value
-
-Curve = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class _Drawing:
     """`about` says in words what the marks show: a reader may not see them."""
 
-    title: str
     about: str
     height: float
     marks: str
 
-    def svg(self, id_: str) -> str:
-        return (
-            f'<svg viewBox="0 0 {WIDTH} {px(self.height)}" role="img" aria-labelledby="{id_}-t {id_}-d">'
-            f'<title id="{id_}-t">{safe(self.title)}</title><desc id="{id_}-d">{safe(self.about)}</desc>'
-            f"{self.marks}</svg>"
-        )
+
+def draw(chart: Chart, id_: str) -> str:
+    """The chart as an `svg` element, its ids beginning with `id_`."""
+    found = _drawing(chart)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {px(found.height)}" role="img" aria-labelledby="{id_}-t {id_}-d">'
+        f'<title id="{id_}-t">{safe(chart.title)}</title><desc id="{id_}-d">{safe(found.about)}</desc>'
+        f"{found.marks}</svg>"
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """The `number`th arm's curve, and those of its single seeds."""
-
-    name: str
-    number: int
-    middle: Curve
-    single: Sequence[Curve] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """`low`, `high`: its range, drawn as a line; `value` None: only `shown` is written."""
-
-    value: float | None
-    shown: str
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A difference. `sure`: the interval is one over seeds; else it is drawn hollow and dashed."""
-
-    name: str
-    value: float
-    shown: str
-    low: float | None
-    high: float | None
-    sure: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """How something is spread: `shares` of each bin of the common axis."""
-
-    name: str
-    shown: str
-    number: int
-    shares: Sequence[float]
+def _drawing(chart: Chart) -> _Drawing:
+    match chart:
+        case Curves():
+            return _curves(chart)
+        case Bars():
+            return _bars(chart)
+        case Differences():
+            return _differences(chart)
+        case Dots():
+            return _dots(chart)
+        case Balance():
+            return _balance(chart)
+        case Strips():
+            return _strips(chart)
 
 
 # Lines -------------------------------------------------------------------------------------------------
 
 
-def lines(title: str, series: Sequence[Series], x_name: str, y_name: str) -> Drawing:
-    """Curves over a common pair of axes; y is logarithmic where values span more than a factor of 20."""
-    points = [point for one in series for curve in (one.middle, *one.single) for point in curve]
+def _curves(chart: Curves) -> _Drawing:
+    points = [point for one in chart.series for curve in (one.middle, *one.single) for point in curve]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    log = min(ys) > 0 and max(ys) / min(ys) > 20
+    log, x_name, y_name = chart.log, chart.x_name, chart.y_name
     y_ticks = _log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
     x_ticks = ticks(0, max(xs))
     to_y = _scale(min([*ys, *y_ticks]), max([*ys, *y_ticks]), 18 + _PLOT, 18, log=log)
@@ -102,22 +89,17 @@ def lines(title: str, series: Sequence[Series], x_name: str, y_name: str) -> Dra
     for value in x_ticks:
         parts.append(text(to_x(value), 18 + _PLOT + 15, _short(value), "small middle"))
     parts.append(text(WIDTH - _RIGHT, 18 + _PLOT + 29, x_name, "small muted end"))
-    for one in series:
-        kind = f"k{one.number % COLOURS}"
+    for one in chart.series:
+        kind = f"k{one.number % len(COLOURS)}"
         parts += [f'<path class="thin {kind}" d="{_path(curve, to_x, to_y)}"/>' for curve in one.single]
         parts.append(
-            f'<path class="line {kind} d{_dashes(one.number)}" d="{_path(one.middle, to_x, to_y)}">'
+            f'<path class="line {kind} d{dashes(one.number)}" d="{_path(one.middle, to_x, to_y)}">'
             f"<title>{safe(one.name)}</title></path>"
         )
-    key, high = flow([_swatch(one.name, one.number) for one in series], WIDTH - 8, 16)
+    key, high = flow([_swatch(one.name, one.number) for one in chart.series], WIDTH - 8, 16)
     parts.append(at(4, 18 + _PLOT + 40, key))
-    ends = "; ".join(f"{one.name} ends at {one.middle[-1][1]:.3g}" for one in series if one.middle)
-    return Drawing(title, f"{y_name} over {x_name}. {ends}.", 18 + _PLOT + 40 + high, "".join(parts))
-
-
-def _dashes(number: int) -> int:
-    """Those of an arm: two that share a colour have other dashes."""
-    return (number + number // COLOURS) % 4
+    ends = "; ".join(f"{one.name} ends at {one.middle[-1][1]:.3g}" for one in chart.series if one.middle)
+    return _Drawing(f"{y_name} over {x_name}. {ends}.", 18 + _PLOT + 40 + high, "".join(parts))
 
 
 def _path(curve: Curve, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
@@ -126,55 +108,61 @@ def _path(curve: Curve, to_x: Callable[[float], float], to_y: Callable[[float], 
 
 def _swatch(name: str, number: int) -> tuple[float, str]:
     name = shorten(name)
-    sample = f'<path class="line k{number % COLOURS} d{_dashes(number)}" d="M0 7H22"/>'
+    sample = f'<path class="line {_k(number)} d{dashes(number)}" d="M0 7H22"/>'
     return 27 + text_width(name), sample + text(27, 11, name, "small")
 
 
 # Bars --------------------------------------------------------------------------------------------------
 
 
-def bars(
-    title: str, rows: Sequence[tuple[str, Sequence[Bar]]], kinds: Sequence[str], mark: float | None = None
-) -> Drawing:
-    """For each row a name, and below it a bar of each kind. `mark`: a line at that value in every row."""
-    most = max((bar.high or bar.value or 0.0 for _, found in rows for bar in found), default=0.0) or 1.0
-    to_x = _scale(0, max(most, mark or 0.0), 0, WIDTH - 62)
+def _bars(chart: Bars) -> _Drawing:
+    """For each row a name, and below it a bar of each kind."""
+    found = [bar for _, _, bars in chart.rows for bar in bars]
+    most = max((bar.high or bar.value or 0.0 for bar in found), default=0.0) or 1.0
+    to_x = _scale(0, max(most, chart.mark or 0.0), 0, WIDTH - 62)
     parts, y = [], 0.0
-    if len(kinds) > 1:
-        key, high = flow([_box(name, number) for number, name in enumerate(kinds)], WIDTH, 16)
+    if len(chart.kinds) > 1:
+        key, high = flow([_box(name, number) for number, name in enumerate(chart.kinds)], WIDTH, 16)
         parts, y = [key], high + 6
-    for name, found in rows:
+    for name, arm, bars in chart.rows:
         top = y
         parts.append(text(0, y + 10, shorten(name, 56), "small"))
         y += 15
-        for number, bar in enumerate(found):
-            parts.append(at(0, y, _bar(bar, number, to_x, kinds[number])))
+        labels = []
+        for number, bar in enumerate(bars):
+            parts.append(at(0, y, _bar(bar, chart.colour(arm, number), to_x, chart.kinds[number])))
+            end = to_x(max(bar.value or 0.0, bar.high or 0.0))
+            labels.append(text(end + 5 if bar.value is not None else 0, y + 9.5, bar.shown, "small value"))
             y += _BAR + 3
-        if mark is not None:
-            parts.append(f'<path class="mark" d="M{px(to_x(mark))} {px(top + 14)}V{px(y - 1)}"/>')
+        if chart.mark is not None:
+            parts.append(f'<path class="mark" d="M{px(to_x(chart.mark))} {px(top + 14)}V{px(y - 1)}"/>')
+        parts += labels
         y += 6
     said = "; ".join(
-        f"{name}: " + ", ".join(f"{kind} {bar.shown}" for kind, bar in zip(kinds, found, strict=True))
-        for name, found in rows
+        f"{name}: " + ", ".join(f"{kind} {bar.shown}" for kind, bar in zip(chart.kinds, bars, strict=True))
+        for name, _, bars in chart.rows
     )
-    return Drawing(title, f"{said}.", y, "".join(parts))
+    return _Drawing(f"{said}.", y, "".join(parts))
 
 
 def _bar(bar: Bar, number: int, to_x: Callable[[float], float], kind: str) -> str:
     if bar.value is None:
-        return text(0, 9.5, bar.shown, "small muted")
-    end = to_x(max(bar.value, bar.high or bar.value))
+        return ""
     parts = [
-        f'<rect class="bar k{number % COLOURS}" width="{px(to_x(bar.value))}" height="{_BAR}">'
+        f'<rect class="bar {_k(number)}" width="{px(to_x(bar.value))}" height="{_BAR}">'
         f"<title>{safe(f'{kind}: {bar.shown}')}</title></rect>"
     ]
     if bar.low is not None and bar.high is not None:
         parts.append(f'<path class="range" d="M{px(to_x(bar.low))} {_BAR / 2}H{px(to_x(bar.high))}"/>')
-    return "".join([*parts, text(end + 5, 9.5, bar.shown, "small")])
+    return "".join(parts)
+
+
+def _k(number: int) -> str:
+    return f"k{number % len(COLOURS)}"
 
 
 def _box(name: str, number: int) -> tuple[float, str]:
-    return 15 + text_width(name), f'<rect class="bar k{number % COLOURS}" width="{_BAR}" height="{_BAR}"/>' + text(
+    return 15 + text_width(name), f'<rect class="bar {_k(number)}" width="{_BAR}" height="{_BAR}"/>' + text(
         15, 10, name, "small"
     )
 
@@ -182,47 +170,47 @@ def _box(name: str, number: int) -> tuple[float, str]:
 # Differences -------------------------------------------------------------------------------------------
 
 
-def forest(title: str, points: Sequence[Point], x_name: str, bounds: tuple[float, float]) -> Drawing:
-    """Differences with their intervals around 0, over `bounds`, which several such charts may share."""
-    x_ticks = ticks(*bounds)
-    to_x = _scale(min(bounds[0], x_ticks[0]), max(bounds[1], x_ticks[-1]), 8, WIDTH - 12)
-    bottom, parts = 34.0 * len(points) + 4, []
-    for number, point in enumerate(points):
-        kind = "sure" if point.sure else "open"
-        y = 34.0 * number + 23
+def _differences(chart: Differences) -> _Drawing:
+    x_ticks = ticks(*chart.bounds)
+    to_x = _scale(min(chart.bounds[0], x_ticks[0]), max(chart.bounds[1], x_ticks[-1]), 8, WIDTH - 12)
+    bottom, parts = 34.0 * len(chart.points) + 4, []
+    for number, point in enumerate(chart.points):
+        kind, y = _kind(point), 34.0 * number + 23
         parts.append(_rulers(x_ticks, to_x, y))
-        parts.append(text(0, y - 11, shorten(point.name), "small"))
+        parts.append(text(0, y - 11, shorten(point.name, 22), "small"))
         parts.append(text(WIDTH, y - 11, point.shown, "small end"))
         if point.low is not None and point.high is not None:
             ends = "".join(f"M{px(to_x(end))} {y - 3}v6" for end in (point.low, point.high))
             parts.append(f'<path class="{kind}" d="M{px(to_x(point.low))} {y}H{px(to_x(point.high))}{ends}"/>')
         parts.append(f'<circle class="{kind}" cx="{px(to_x(point.value))}" cy="{y}" r="4"/>')
-    parts.append(_signed(x_ticks, to_x, bottom, x_name))
-    said = "; ".join(f"{point.name} {point.shown}" for point in points)
-    return Drawing(title, f"{x_name}. {said}.", bottom + 32, "".join(parts))
+    parts.append(_signed(x_ticks, to_x, bottom, chart.x_name))
+    said = "; ".join(f"{point.name} {point.shown}" for point in chart.points)
+    return _Drawing(f"{chart.x_name}. {said}.", bottom + 32, "".join(parts))
 
 
-def dots(
-    title: str, rows: Sequence[tuple[str, Sequence[float | None]]], kinds: Sequence[str], x_name: str
-) -> Drawing:
-    """For each row a name, and below it a mark of each kind around 0."""
-    known = [value for _, values in rows for value in values if value is not None]
+def _kind(point: Point) -> str:
+    return "sure" if point.certain else "open" if point.over == "seeds" else "open items"
+
+
+def _dots(chart: Dots) -> _Drawing:
+    kinds = chart.kinds
+    known = [value for _, values in chart.rows for value in values if value is not None]
     x_ticks = ticks(min([0.0, *known]), max([0.0, *known]))
     to_x = _scale(x_ticks[0], x_ticks[-1], 8, WIDTH - 12)
     key, y = flow([_dot_of(name, number) for number, name in enumerate(kinds)], WIDTH, 16)
     parts = [key]
-    for name, values in rows:
+    for name, values in chart.rows:
         y += 34
         parts += [text(0, y - 16, shorten(name, 56), "small"), _rulers(x_ticks, to_x, y - 4)]
         for number, value in enumerate(values):
             if value is not None:
                 parts.append(at(to_x(value), y - 4, _dot(number, f"{kinds[number]}: {value:+.3f}")))
-    parts.append(_signed(x_ticks, to_x, y + 6, x_name))
+    parts.append(_signed(x_ticks, to_x, y + 6, chart.x_name))
     said = "; ".join(
         f"{name}: " + ", ".join(f"{k} {v:+.3f}" for k, v in zip(kinds, values, strict=True) if v is not None)
-        for name, values in rows
+        for name, values in chart.rows
     )
-    return Drawing(title, f"{x_name}. {said}.", y + 38, "".join(parts))
+    return _Drawing(f"{chart.x_name}. {said}.", y + 38, "".join(parts))
 
 
 _SHAPES = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z", "M-4-4h8v8h-8z", "M0-5.5L5.5 4H-5.5z")
@@ -230,7 +218,7 @@ _SHAPES = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z", "M-4-4h8v8h-8z", "M0
 
 def _dot(number: int, said: str) -> str:
     shape = _SHAPES[number % len(_SHAPES)]
-    return f'<path class="bar k{number % COLOURS}" d="{shape}"><title>{safe(said)}</title></path>'
+    return f'<path class="bar {_k(number)}" d="{shape}"><title>{safe(said)}</title></path>'
 
 
 def _dot_of(name: str, number: int) -> tuple[float, str]:
@@ -253,37 +241,32 @@ def _signed(values: Sequence[float], to_x: Callable[[float], float], y: float, n
 # Where tokens went -------------------------------------------------------------------------------------
 
 
-def balance(
-    title: str,
-    rows: Sequence[tuple[str, Sequence[float]]],
-    kinds: Sequence[tuple[str, str]],
-    before: int,
-) -> Drawing:
-    """Stacked bars; the first `before` parts lie left of one common line, the others right of it.
-
-    `kinds`: name and class of each part. A part that is not empty is never thinner than a pixel and a half.
-    """
+def _balance(chart: Balance) -> _Drawing:
+    """A part that is not empty is never thinner than a pixel and a half."""
+    rows, before = chart.rows, chart.before
     left_most, right_most = (
         max(sum(parts[own]) for _, parts in rows) for own in (slice(before), slice(before, None))
     )
     scale = (WIDTH - 8) / ((left_most + right_most) or 1)
     zero = 4 + left_most * scale
-    key, y = flow(
-        [_class_box(*kind) for n, kind in enumerate(kinds) if any(parts[n] for _, parts in rows)], WIDTH, 16
-    )
+    kinds = [kind for n, kind in enumerate(chart.kinds) if any(parts[n] for _, parts in rows)]
+    key, y = flow([_class_box(*kind) for kind in kinds], WIDTH, 16)
     y += 8
     marks, said = [key], []
     for name, parts in rows:
-        known = list(zip(kinds, parts, strict=True))
+        known = list(zip(chart.kinds, parts, strict=True))
         out, in_rows = known[:before], known[before:]
-        said.append(f"{name}: {_listed(out)}; {_listed(in_rows)}")
+        said.append(f"{name}: {chart.counts(parts)}")
         marks.append(text(0, y + 10, shorten(name, 40), "small"))
-        marks.append(text(WIDTH, y + 10, f"{_count(sum(parts[before:]))} slots", "small muted end"))
+        marks.append(text(WIDTH, y + 10, f"{words.large(sum(parts[before:]))} slots", "small muted end"))
         marks += [_stack(reversed(out), zero, y + 15, -scale), _stack(in_rows, zero, y + 15, scale)]
         marks.append(f'<path class="mark" d="M{px(zero)} {px(y + 12)}v3m0 15v3"/>')
-        marks.append(text(0, y + 43, f"{_listed(out)} | {_listed(in_rows)}", "tiny muted"))
-        y += 54
-    return Drawing(title, f"{'. '.join(said)}.", y, "".join(marks))
+        counts = chart.counts(parts)
+        for line in counts.split(" | ") if text_width(counts) > WIDTH else [counts]:
+            marks.append(text(0, y + 43, line, "tiny muted"))
+            y += 13
+        y += 41
+    return _Drawing(f"{'. '.join(said)}.", y, "".join(marks))
 
 
 Parts = Iterable[tuple[tuple[str, str], float]]
@@ -305,14 +288,6 @@ def _stack(parts: Parts, x: float, y: float, scale: float) -> str:
     return "".join(marks)
 
 
-def _listed(parts: Parts) -> str:
-    return ", ".join(f"{_count(part)} {name}" for (name, _), part in parts if part)
-
-
-def _count(value: float) -> str:
-    return words.large(value) if value >= 100_000 else f"{value:,.0f}"
-
-
 def _class_box(name: str, kind: str) -> tuple[float, str]:
     box = f'<rect class="{kind}" width="{_BAR}" height="{_BAR}"/>'
     return 15 + text_width(name), box + text(15, 10, name, "small")
@@ -321,30 +296,36 @@ def _class_box(name: str, kind: str) -> tuple[float, str]:
 # Distributions -----------------------------------------------------------------------------------------
 
 
-def strips(title: str, found: Sequence[Strip], edges: Sequence[float], limit: float, x_name: str) -> Drawing:
-    """One histogram above the other over the same bins, each to its own height; a line at `limit`."""
-    to_x = _scale(edges[0], edges[-1], 4, WIDTH - 8)
+def _strips(chart: Strips) -> _Drawing:
+    to_x = _scale(chart.edges[0], chart.edges[-1], 4, WIDTH - 8)
     marks, y = [], 0.0
-    for strip in found:
-        marks.append(text(0, y + 10, shorten(strip.name, 26), "small"))
+    for strip in chart.strips:
+        marks.append(text(0, y + 10, shorten(strip.name), "small"))
+        if text_width(shorten(strip.name)) + text_width(strip.shown) > WIDTH:
+            y += 14
         marks.append(text(WIDTH, y + 10, strip.shown, "small muted end"))
-        base, most = y + 16 + _STRIP, max(strip.shares) or 1.0
-        for share, left, right in zip(strip.shares, edges, edges[1:], strict=False):
-            if share:
-                high = max(1.0, share / most * _STRIP)
-                wide = to_x(right) - to_x(left) - 0.6
-                marks.append(
-                    f'<rect class="bar k{strip.number % COLOURS}" x="{px(to_x(left))}" y="{px(base - high)}"'
-                    f' width="{px(wide)}" height="{px(high)}"/>'
-                )
+        base = y + 16 + _STRIP
+        marks.append(_histogram(strip, chart.edges, to_x, base))
         marks.append(f'<path class="axis" d="M4 {px(base)}H{WIDTH - 8}"/>')
-        marks.append(f'<path class="mark" d="M{px(to_x(limit))} {px(base - _STRIP)}V{px(base)}"/>')
+        marks.append(f'<path class="mark" d="M{px(to_x(chart.limit))} {px(base - _STRIP)}V{px(base)}"/>')
         y = base + 8
-    shown = [value for value in ticks(edges[0], limit) if value <= edges[-1]]
+    shown = [value for value in ticks(chart.edges[0], chart.limit) if value <= chart.edges[-1]]
     marks += [text(to_x(value), y + 10, _short(value), "small middle") for value in shown]
-    marks.append(text(WIDTH, y + 24, x_name, "small muted end"))
-    said = "; ".join(f"{strip.name}: {strip.shown}" for strip in found)
-    return Drawing(title, f"{x_name}. {said}.", y + 30, "".join(marks))
+    marks.append(text(WIDTH, y + 24, chart.x_name, "small muted end"))
+    said = "; ".join(f"{strip.name}: {strip.shown}" for strip in chart.strips)
+    return _Drawing(f"{chart.x_name}. {said}.", y + 30, "".join(marks))
+
+
+def _histogram(strip: Strip, edges: Sequence[float], to_x: Callable[[float], float], base: float) -> str:
+    marks, most = [], max(strip.shares) or 1.0
+    for share, left, right in zip(strip.shares, edges, edges[1:], strict=False):
+        if share:
+            high = max(1.0, share / most * _STRIP)
+            marks.append(
+                f'<rect class="bar {_k(strip.number)}" x="{px(to_x(left))}" y="{px(base - high)}"'
+                f' width="{px(to_x(right) - to_x(left) - 0.6)}" height="{px(high)}"/>'
+            )
+    return "".join(marks)
 
 
 # Axes --------------------------------------------------------------------------------------------------
@@ -376,7 +357,3 @@ def _scale(low: float, high: float, first: float, last: float, *, log: bool = Fa
 
 def _short(value: float) -> str:
     return words.large(value) if abs(value) >= 1000 else f"{value:g}"
-
-
-def shorten(name: str, longest: int = _LONGEST) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import orjson
-
 from packcli import __version__
 from packcli.log import plain
 from packcli.plan import Plan
-from packcli.report import notes, words
-from packcli.report.page import drawings, gather, tables
-from packcli.report.page.drawings import Figure
+from packcli.report import gather, notes, pictures, words
+from packcli.report.charts import Chart
+from packcli.report.page import svg, tables
+from packcli.report.paper import Against
 from packcli.report.records import Report
+from packcli.report.render import json_text
 from packcli.store import Store
 
 CELLS = 1_000
 """Single cells a page holds; groups are always all there."""
-SETTINGS = 24
-"""Settings whose charts a page holds."""
-SETS = 12
-"""Token stores and row lengths whose lengths and ledgers a page holds."""
+LINES = 8
+"""Of the verdict, and of what is wrong or missing, that a page does not fold away."""
 EARLY = 'document.documentElement.classList.add("scripted");'
 """Runs before the body is laid out: what is folded is not laid out first."""
 OPEN = 3
@@ -38,12 +36,14 @@ class Chapter:
     """Charts under one heading that folds."""
 
     title: str
-    figures: list[Figure]
+    charts: list[Chart]
     open: bool
 
 
-def document(plan: Plan, store: Store, report: Report) -> str:
-    """The page as text. Equal runs and reports give equal bytes.
+def document(
+    plan: Plan, store: Store, report: Report, against: Against | None = None, *, everything: bool = False
+) -> str:
+    """The page as text, with tables and sentences of the other formats. Equal runs and reports give equal bytes.
 
     Labels, causes of failures and all other text may hold anything: the template escapes it, and the page's own
     policy lets a browser run no script but ours.
@@ -51,8 +51,9 @@ def document(plan: Plan, store: Store, report: Report) -> str:
     members = gather.Members(report.rows)
     single = tables.select(report, members, CELLS)
     origin = gather.provenance(plan, single.rows, store)
+    drawn = pictures.pictures(plan, report, store, members)
     style, script = _asset("page.css"), _asset("page.js")
-    sets, left = gather.data(plan, report, store, SETS)
+    beside = tables.beside_paper(against)
     page: str = _template().render(
         report=report,
         version=__version__,
@@ -61,35 +62,34 @@ def document(plan: Plan, store: Store, report: Report) -> str:
         script=_raw(script),
         policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
         f"script-src {_hash(EARLY)} {_hash(script)}",
-        data=_raw(_data(report, single)),
+        data=_raw(_data(report, single, against)),
         note=" · ".join(gather.origin(plan, report)),
         counts=_counts(report),
+        broken=any(row.failures or row.physics for row in report.rows) or bool(notes.unhealthy(report)),
+        problems=notes.problems(report),
         verdict=words.plain_lines(report.verdict).split("\n"),
-        not_done=notes.not_done(report),
+        lines=LINES,
         legend=notes.legend(report),
-        comparison=tables.comparison(report, single),
+        comparison=[*tables.comparison(report, single, everything=everything), *([beside] if beside else [])],
+        about_paper=against.legend() if against else [],
         single=len(single.rows),
-        settings=_settings(report, members, store),
-        sets=[Chapter(one.name, drawings.of_data(one), number < OPEN) for number, one in enumerate(sets)],
-        left_out=_left_out(report, len(single.rows), left),
+        settings=_chapters(drawn.settings),
+        sets=_chapters(drawn.sets),
+        draw=lambda chart, id_: _raw(svg.draw(chart, id_)),
+        left_out=_left_out(report, len(single.rows), drawn),
         provenance=[tables.stages(origin), tables.ids(single)],
         software=origin.software,
     )
     return page
 
 
-def _settings(report: Report, members: gather.Members, store: Store) -> list[Chapter]:
-    found, bounds = [], drawings.bounds_of(report)
-    for number, (setting, groups) in enumerate(report.settings()[:SETTINGS]):
-        title = words.name(setting) or "all arms"
-        figures = drawings.of_setting(report, groups, members, store, bounds)
-        found.append(Chapter(title, figures, number < OPEN))
-    return [chapter for chapter in found if chapter.figures]
+def _chapters(found: list[tuple[str, pictures.Charts]]) -> list[Chapter]:
+    return [Chapter(name, list(charts.values()), number < OPEN) for number, (name, charts) in enumerate(found)]
 
 
-def _left_out(report: Report, single: int, sets: int) -> list[str]:
+def _left_out(report: Report, single: int, drawn: pictures.Pictures) -> list[str]:
     """What a page of this sweep does not hold, and where it is."""
-    found, settings = [], len(report.settings())
+    found = drawn.left_out()
     if single < len(report.rows):
         found.append(
             f"Single cells: {single:,} of {len(report.rows):,}, those of the first groups. All are in "
@@ -97,12 +97,6 @@ def _left_out(report: Report, single: int, sets: int) -> list[str]:
         )
     if len(report.groups) > CELLS:
         found.append("Numbers that can be saved here: the groups are too many. `packcli report --format json`.")
-    if settings > SETTINGS:
-        found.append(
-            f"Charts: of the first {SETTINGS} of {settings:,} settings. Use `--only axis=value` for others."
-        )
-    if sets:
-        found.append(f"Lengths and ledgers: {sets:,} more data sets or row lengths are not drawn.")
     return found
 
 
@@ -114,11 +108,11 @@ def _counts(report: Report) -> str:
     )
 
 
-def _data(report: Report, single: tables.Shown) -> str:
+def _data(report: Report, single: tables.Shown, against: Against | None) -> str:
     """The report's JSON as far as the page shows it; as text that closes no script element."""
     groups = report.groups if len(report.groups) <= CELLS else ()
     held = report.model_copy(update={"rows": tuple(single.rows), "groups": groups})
-    return orjson.dumps(held.model_dump(mode="json")).decode().replace("<", "\\u003c")
+    return json_text(held, against, indent=False).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:
@@ -131,7 +125,7 @@ def _template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"plain": plain, "coded": _coded}
+    environment.filters |= {"plain": plain, "coded": _coded, "lines": _lines}
     return environment.from_string(_asset("page.html.jinja"))
 
 
@@ -140,6 +134,13 @@ def _coded(text: str) -> Any:
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _lines(text: str) -> Any:
+    """What stands in several lines of a cell."""
+    from markupsafe import Markup, escape
+
+    return Markup("<br>").join(escape(line) for line in text.split("\n") if line)
 
 
 def _raw(text: str) -> Any:
