@@ -624,6 +624,7 @@ def _no_garbage() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor will it at the end
         gc.enable()
 
 

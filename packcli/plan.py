@@ -194,7 +194,11 @@ def source_key(source: SourceSpec) -> str:
 def needed(spec: SweepSpec) -> tuple[str, ...]:
     """Keys of all fingerprints that `plan` will look up: `kind:value`."""
     keys: dict[str, None] = {}
+    seen = set[tuple[int, int, int]]()
     for _, cell in spec.cells:
+        if (sections := (id(cell.data), id(cell.model), id(cell.eval))) in seen:
+            continue  # cells share the sections that they have in common
+        seen.add(sections)
         for data in (cell.data, *([cell.model.base.data] if cell.model.base else [])):
             keys.update(dict.fromkeys(map(source_key, data.sources)))
             keys[f"template:{_template(data, cell.model) or ''}"] = None
@@ -229,6 +233,8 @@ class _Builder:
 
     def __init__(self, fingerprints: Fingerprints) -> None:
         self._fingerprints = fingerprints
+        self._tokens_of: dict[tuple[int, int, int], TokensOrder] = {}
+        self._protocols: dict[tuple[int, str], str] = {}
         self.tokens: dict[str, TokensOrder] = {}
         self.indexes: dict[str, IndexOrder] = {}
         self.trains: dict[str, TrainOrder] = {}
@@ -269,7 +275,10 @@ class _Builder:
             unit = "rows"  # the same batches: cells of both labels share one run
         arm = arm.model_copy(update={"batch_unit": None})
         train = train.model_copy(update={"batch_unit": unit})
-        tokens = self._tokens(spec, data)
+        # Cells share the sections that they have in common, and the spec keeps them alive.
+        if (sections := (id(data), id(spec.data), id(spec.model))) not in self._tokens_of:
+            self._tokens_of[sections] = self._tokens(spec, data)
+        tokens = self._tokens_of[sections]
         index = self._index(tokens.id, data, arm, train, seed)
         model = spec.model.model_copy(update={"base": None})
         identity = {
@@ -393,7 +402,9 @@ class _Builder:
         return self.indexes.setdefault(order.id, order)
 
     def _eval(self, train: str, task: str, spec: EvalSpec) -> str:
-        protocol = self._fingerprints[task_key(task, spec)]
+        if (key := (id(spec), task)) not in self._protocols:
+            self._protocols[key] = self._fingerprints[task_key(task, spec)]
+        protocol = self._protocols[key]
         identity = digest({"version": VERSIONS["eval"], "train": train, "task": protocol})
         order = EvalOrder(id=identity, train=train, task=task, protocol=protocol, eval=spec)
         self.evals.setdefault(identity, order)

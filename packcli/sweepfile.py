@@ -85,9 +85,10 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
     if len(combinations) > MAX_CELLS:
         problems.add(("matrix",), f"the matrix has {len(combinations):,} cells; at most {MAX_CELLS:,}")
         return None
-    cells = []
+    cells, sections = [], _Sections()
     for combination in combinations:
-        cell = _cell(base, {axis: item.value for axis, item in combination.items()}, fixed, arms, problems)
+        values = {axis: item.value for axis, item in combination.items()}
+        cell = _cell(base, values, fixed, arms, sections, problems)
         if cell is not None:
             cells.append(({axis: item.label for axis, item in combination.items()}, cell))
     repeated = Counter(" ".join(f"{axis}={label}" for axis, label in labels.items()) for labels, _ in cells)
@@ -251,6 +252,7 @@ def _cell(
     combination: Mapping[str, Any],
     fixed: frozenset[str],
     arms: Mapping[str, dict[str, Any]],
+    sections: _Sections,
     problems: Problems,
 ) -> CellSpec | None:
     raw = _copied(base)
@@ -283,10 +285,32 @@ def _cell(
         )
         return None
     try:
-        return CellSpec.model_validate(raw)
+        return CellSpec.model_validate(sections.shared(raw))
     except ValidationError as error:
         _report(error, arm, combination, problems)
         return None
+
+
+class _Sections:
+    """Sections that cells have in common, validated once: of ten thousand cells most differ in one of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], BaseModel] = {}
+
+    def shared(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """`raw` with its sections as models; one that is wrong stays as it is, for its cell to report."""
+        found = dict(raw)
+        for name in _SECTIONS:
+            key = name, repr(raw[name])
+            if key not in self._known:
+                model = CellSpec.model_fields[name].annotation
+                assert model is not None
+                try:
+                    self._known[key] = model.model_validate(raw[name])
+                except ValidationError:
+                    continue
+            found[name] = self._known[key]
+        return found
 
 
 def _copied(base: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from packcli.errors import IntegrityError
 from packcli.eval import protocol
-from packcli.files import read_json
+from packcli.files import read_bytes, read_json
 from packcli.plan import Cell, Kind, Plan
 from packcli.report import groups, physics, probed, verdict
 from packcli.report.records import Failure, Report, Row, Score, Train
@@ -157,7 +157,7 @@ def _check(path: Path, manifest: Manifest) -> None:
     if record is None:
         return
     try:
-        whole = hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
+        whole = hashlib.sha256(read_bytes(path)).hexdigest() == record.sha256
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror or 'cannot be read'}", _again(path.parent)) from None
     if not whole:
