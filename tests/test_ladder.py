@@ -118,6 +118,13 @@ def test_one_seed_gets_an_interval(climb: Any) -> None:
     assert "no interval for up" in " ".join(ladder.notes([found]))
 
 
+def test_a_ladder_without_one_of_its_arms_is_told(climb: Any) -> None:
+    text = SWEEP.replace("  seed:", "  train.lr: [1e-3, 2e-3]\n  seed:")
+    found = climb(text=f"{text}exclude:\n- {{arm: crossing, train.lr: 2e-3}}\n")
+    assert found["up"].setting == {"train.lr": "1e-3"}
+    assert found["again"].setting == {"train.lr": "2e-3"}  # the later one
+
+
 def test_an_arm_that_is_not_scored_yet_reads_as_zero(climb: Any) -> None:
     found = climb(lambda arm, seed: None if arm == "wide" else scores(arm, seed))["up"]
     assert found.seeds == ()

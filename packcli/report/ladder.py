@@ -70,6 +70,7 @@ def climb(plan: Plan, report: Report) -> tuple[Ladder, ...]:
         _ladder(name, arms, dict(sorted(setting)), own, plan)
         for setting, own in rows.items()
         for name, arms in plan.ladders.items()
+        if {arm for arm, _ in own} >= set(arms)  # `--only` or `exclude` may leave some out
     ]
     return _corrected(found)
 
