@@ -9,6 +9,7 @@ show how much.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from packcli.config import Spec
@@ -158,7 +159,7 @@ def _effects(ladder: Ladder) -> list[tuple[tuple[Any, ...], Effect]]:
 # What differs ----------------------------------------------------------------------------------------------
 
 _FACTORS = {
-    "who shares a row": ("layout", "pad_to", "packer", "window", "workers", "order", "repack_each_epoch"),
+    "who shares a row": ("layout", "packer", "window", "workers", "order", "repack_each_epoch"),
     "tokens cut or dropped": ("overlong", "truncation", "remainder"),
     "what is held out": ("validation_after_packing",),
     "tokens between documents": ("boundary",),
@@ -166,7 +167,7 @@ _FACTORS = {
     "positions": ("positions",),
     "mean over": ("loss",),
 }
-"""What a rung varies, and the fields of an arm that say it."""
+"""What a rung varies, and the fields of an arm that say it. `pad_to` is none: padding changes no result."""
 
 
 def _changes(before: TrainOrder, after: TrainOrder) -> list[str]:
@@ -198,7 +199,7 @@ def _said(value: object) -> str:
 # As a table ------------------------------------------------------------------------------------------------
 
 _HEAD = ["arm", "average,\n%", "points\n[95% interval]", "p\n(Holm)", "detectable,\npoints"]
-_HEAD += ["steps", "documents\na step", "what changes"]
+_HEAD += ["steps", "documents\na step"]
 
 
 def sheets(ladders: Sequence[Ladder]) -> list[Sheet]:
@@ -222,7 +223,6 @@ def _row(rung: Rung) -> list[Cell]:
         *_effect_cells(rung.effect),
         Cell(words.count(rung.steps)),
         Cell(words.count(None if rung.documents_per_step is None else round(rung.documents_per_step, 1))),
-        Cell("\n".join(map(plain, rung.changes))),
     ]
 
 
@@ -232,13 +232,19 @@ def _effect_cells(effect: Effect | None) -> list[Cell]:
     shown = effect.p_holm is not None and effect.p_holm < 0.05
     bounds = f"\n{words.interval(effect.interval)}" if effect.interval else ""
     p = "" if effect.p_holm is None else "<0.001" if effect.p_holm < 0.001 else f"{effect.p_holm:.2g}"
-    detectable = words.percent(effect.detectable) if effect.interval else words.NONE
+    detectable = words.percent(effect.detectable) if (effect.detectable or 0) <= 1 else "> 100"
     return [Cell("", f"{words.points(effect.delta)}{bounds}", shown), Cell(p or words.NONE), Cell(detectable)]
 
 
 def notes(ladders: Sequence[Ladder]) -> list[str]:
     """What the table means, and what keeps it from meaning more."""
+    told = dict.fromkeys(
+        f"{rung.arm}, after {before.arm}: {'; '.join(rung.changes)}"
+        for ladder in ladders
+        for before, rung in pairwise(ladder.rungs)
+    )
     lines = [
+        *told,
         "points: average score against the arm above it, mean over the seeds that all arms of the ladder have, "
         "paired by seed; its 95% interval (Student's t) for this rung alone. p is corrected over all rungs and "
         "sums of these ladders (Holm); bold where it is below 0.05. Rungs add up to the last row.",
