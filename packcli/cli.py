@@ -61,7 +61,7 @@ Fallback = Annotated[
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")
 ]
-Format = Literal["table", "md", "csv", "latex", "json", "html"]
+Format = Literal["table", "md", "csv", "latex", "json", "html", "ladder"]
 DEFAULT_RUNS = Path("runs")
 
 
@@ -582,7 +582,9 @@ def status(
 @app.command()
 def report(
     sweep: SweepFile,
-    format_: Annotated[Format, typer.Option("--format", help="table, md, csv, latex, json or html.")] = "table",
+    format_: Annotated[
+        Format, typer.Option("--format", help="table, md, csv, latex, json, html, ladder.")
+    ] = "table",
     against: Annotated[
         Literal["paper"] | None, typer.Option("--against", help='Beside what "Packing Analysis" printed.')
     ] = None,
@@ -655,8 +657,10 @@ def fetch_(
 def _report(
     plan: Plan, store: Store, format_: Format, *, against: Literal["paper"] | None = None, everything: bool = False
 ) -> Report:
-    from packcli.report import paper, render, rows
+    from packcli.report import ladder, paper, render, rows
 
+    if format_ == "ladder" and not plan.ladders:
+        raise ConfigError(f"`{plan.name}` names no ladder", "list arms in order under `ladders:` (docs/ladder.md)")
     collected = rows.collect(plan, store)
     beside = paper.compare(plan, collected) if against else None
     match format_:
@@ -669,7 +673,10 @@ def _report(
         case "latex":
             typer.echo(render.latex_text(collected, beside, everything=everything), nl=False)
         case "json":
-            typer.echo(render.json_text(collected, beside))
+            typer.echo(render.json_text(collected, beside, ladder.climb(plan, collected)))
+        case "ladder":
+            ladders = ladder.climb(plan, collected)
+            console.show(render.drawn(ladder.sheets(ladders), ladder.notes(ladders)))
         case "html":
             from packcli.report.page import write
 

@@ -92,17 +92,20 @@ class ArmSpec(LayoutSpec):
     boundary        tokens put around each document, never trained on: eos after it; bos before it as well. Where
                     it ends (begins) with that token already, none is added.
     attention       document: no token sees another document. causal: it sees all of its row before it.
-    positions       reset at each document, or continue through the row.
+    positions       reset at each document, or continue through the row. To reset them under causal attention gives
+                    tokens of two documents one position, which nobody would train on but to take effects apart.
     loss            token: sum over supervised tokens / their global count in the step. document: mean over the
                     documents that start in the step of each one's token mean. row: mean over rows of token means.
                     micro_batch: mean of micro-batch means (the released code).
     batch_unit      what train.global_batch counts for this arm; unset: what train.batch_unit says.
+    global_batch    how many of them a step of this arm holds; unset: what train.global_batch says.
     """
 
     attention: Literal["document", "causal"]
     positions: Literal["reset", "continue"]
     loss: Loss
     batch_unit: BatchUnit | None = None
+    global_batch: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,8 +135,6 @@ class ArmSpec(LayoutSpec):
             raise ValueError("`truncation: per_turn` needs `overlong: truncate`")
         if self.attention == "causal" and self.layout != "pack":
             raise ValueError("`attention: causal` across documents needs `layout: pack`")
-        if self.attention == "causal" and self.positions == "reset":
-            raise ValueError("`positions: reset` under `attention: causal` gives two tokens of a row one position")
         return self
 
     @model_validator(mode="after")
@@ -499,9 +500,13 @@ class CellSpec(Spec):
 
 
 class SweepSpec(Spec):
-    """A sweep after its matrix was multiplied out: `cells` pairs labels (verbatim) with what they mean."""
+    """A sweep after its matrix was multiplied out: `cells` pairs labels (verbatim) with what they mean.
+
+    `ladders`: name -> arms in the order in which their differences are told (`report --format ladder`).
+    """
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     baseline: str | None
+    ladders: dict[str, tuple[str, ...]] = {}
     axes: dict[str, tuple[str, ...]]
     cells: tuple[tuple[dict[str, str], CellSpec], ...]

@@ -134,6 +134,7 @@ class Plan(Spec):
 
     name: str
     baseline: str | None
+    ladders: dict[str, tuple[str, ...]]
     axes: dict[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     shared: tuple[str, ...]
@@ -218,6 +219,7 @@ def plan(spec: SweepSpec, fingerprints: Fingerprints) -> Plan:
     return Plan(
         name=spec.name,
         baseline=spec.baseline,
+        ladders=spec.ladders,
         axes=spec.axes,
         cells=cells,
         shared=tuple(builder.shared),
@@ -273,8 +275,9 @@ class _Builder:
         unit = arm.batch_unit or train.batch_unit
         if arm.one_document_per_row and unit == "documents":
             unit = "rows"  # the same batches: cells of both labels share one run
-        arm = arm.model_copy(update={"batch_unit": None})
-        train = train.model_copy(update={"batch_unit": unit})
+        batch = arm.global_batch or train.global_batch
+        arm = arm.model_copy(update={"batch_unit": None, "global_batch": None})
+        train = train.model_copy(update={"batch_unit": unit, "global_batch": batch})
         # Cells share the sections that they have in common, and the spec keeps them alive.
         if (sections := (id(data), id(spec.data), id(spec.model))) not in self._tokens_of:
             self._tokens_of[sections] = self._tokens(spec, data)

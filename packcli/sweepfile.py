@@ -26,7 +26,7 @@ from packcli.yamlfile import KeyPath, Lines, Problems, parse
 
 MAX_CELLS = 10_000
 _SECTIONS = ("model", "data", "train", "eval", "estimate")
-_TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseline")
+_TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseline", "ladders")
 # A sweep's directory lies beside these.
 _TAKEN = ("store", "slurm")
 # Where pydantic puts the branch of a union into an error's location: no part of a key.
@@ -105,13 +105,34 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
         baseline = next((arm for arm in ("padding", "padding_released") if arm in arm_labels), None)
     elif baseline not in arm_labels:
         problems.add(("baseline",), f"`baseline: {baseline}` is none of the arms {', '.join(arm_labels)}")
+    ladders = _ladders(document.get("ladders"), arm_labels, problems)
     problems.raise_if_any()
     return SweepSpec(
         name=str(document.get("name")),
         baseline=baseline,
+        ladders=ladders,
         axes={axis: tuple(values) for axis, values in axes.items()},
         cells=tuple(cells),
     )
+
+
+def _ladders(named: Any, arms: tuple[str, ...], problems: Problems) -> dict[str, tuple[str, ...]]:
+    """Sequences of arms, each two or more of the matrix."""
+    if named is None:
+        return {}
+    if not isinstance(named, dict):
+        problems.add(("ladders",), "`ladders` is a mapping of a name to a list of arms")
+        return {}
+    found = {}
+    for name, rungs in named.items():
+        where = ("ladders", str(name))
+        if not isinstance(rungs, list) or len(rungs) < 2 or len(set(map(str, rungs))) < len(rungs):
+            problems.add(where, f"`ladders.{name}` is a list of two or more arms, none of them twice")
+        elif unknown := [str(arm) for arm in rungs if str(arm) not in arms]:
+            problems.add(where, f"`ladders.{name}`: {', '.join(unknown)} is none of the arms {', '.join(arms)}")
+        else:
+            found[str(name)] = tuple(map(str, rungs))
+    return found
 
 
 def _check_name(name: Any, problems: Problems) -> None:
@@ -273,8 +294,9 @@ def _cell(
         problems.add(("matrix", "arm"), f"unknown arm `{arm}`; {hint}")
         return None
     raw["arm"] = dict(arms[arm])
-    if "train.batch_unit" in combination or "train.batch_unit" in fixed:
-        raw["arm"]["batch_unit"] = None  # precedence: matrix or --set, then the arm, then train
+    for key in ("batch_unit", "global_batch"):
+        if f"train.{key}" in combination or f"train.{key}" in fixed:
+            raw["arm"][key] = None  # precedence: matrix or --set, then the arm, then train
     raw["seed"] = combination.get("seed", 0)
     name = raw["model"].get("name")
     if isinstance(name, str) and (block := preset(name)) is not None:

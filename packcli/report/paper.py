@@ -161,7 +161,7 @@ def _counterpart(cell: PlanCell, plan: Plan) -> tuple[str, str, str] | None:
 
 @cache
 def _built_in(name: str) -> ArmSpec:
-    return ArmSpec.model_validate(ARMS[name]).model_copy(update={"batch_unit": None})
+    return ArmSpec.model_validate(ARMS[name]).model_copy(update={"batch_unit": None, "global_batch": None})
 
 
 def _unlike(cell: PlanCell, plan: Plan, model: str) -> list[str]:

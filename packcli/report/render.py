@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from packcli.report import fit, latex, notes, sheets, words
+from packcli.report.ladder import Ladder
 from packcli.report.paper import Against
 from packcli.report.records import Report
 from packcli.report.sheets import Cell, Sheet
@@ -38,6 +39,14 @@ def table(report: Report, against: Against | None = None, *, everything: bool = 
         parts += [*(Text(line, style="dim") for line in lines), Text()]
     # Text, never markup: a label may hold `[x]`.
     return Group(*parts, Text(words.plain_lines(report.verdict)))
+
+
+def drawn(found: Sequence[Sheet], lines: Sequence[str]) -> RenderableType:
+    """Any sheets and what stands below them, for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*map(_Drawn, found), *(Text(line, style="dim") for line in lines))
 
 
 def _sheets(report: Report, against: Against | None, everything: bool) -> list[Sheet]:
@@ -193,9 +202,13 @@ def _with_unit(column: str) -> str:
     return f"{column} (nats per token)" if "_loss" in name else column
 
 
-def json_text(report: Report, against: Against | None = None, *, indent: bool = True) -> str:
+def json_text(
+    report: Report, against: Against | None = None, ladders: Sequence[Ladder] = (), *, indent: bool = True
+) -> str:
     """The contract's JSON, keys in the order of the contract."""
     document = report.model_dump(mode="json")
+    if ladders:
+        document["ladders"] = [one.model_dump(mode="json") for one in ladders]
     if against is not None:
         document["against"] = against.model_dump(mode="json")
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode()
