@@ -607,10 +607,11 @@ def report(
         collected = _report(plan, store, "json" if json else format_, against=against, everything=all_)
     if figures is not None:
         from packcli.report import figures as drawing
-        from packcli.report import probe_figures
+        from packcli.report import ladder, ladder_figure, probe_figures
 
         drawn = [
             *drawing.draw(plan, collected, store, figures),
+            *ladder_figure.draw(ladder.climb(plan, collected), figures),
             *probe_figures.of_cells(collected, store, figures),
         ]
         for path in drawn:
