@@ -589,7 +589,7 @@ def report(
         Literal["paper"] | None, typer.Option("--against", help='Beside what "Packing Analysis" printed.')
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Also the health of each score, and every cost.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 4 when a file of a result is damaged.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 4 when a file of the tables is damaged.")] = False,
     figures: Annotated[
         Path | None,
         typer.Option(

@@ -65,7 +65,7 @@ class LayoutSpec(Spec):
     order: Literal["shuffled", "sorted"]
     repack_each_epoch: bool
     validation_after_packing: bool
-    boundary: Literal["none", "eos", "bos_eos"]
+    boundary: Literal["none", "eos", "bos_eos"] = "none"  # as in stores that were made before there was a choice
 
 
 class ArmSpec(LayoutSpec):

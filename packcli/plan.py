@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import orjson
+from pydantic import Field
 
 from packcli.config import (
     ARMS,
@@ -134,7 +135,7 @@ class Plan(Spec):
 
     name: str
     baseline: str | None
-    ladders: dict[str, tuple[str, ...]]
+    ladders: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     axes: dict[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     shared: tuple[str, ...]

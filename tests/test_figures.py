@@ -126,6 +126,37 @@ def test_axis_lacks_its_name_or_unit(finished: Callable[..., Sweep], tmp_path: P
     assert why.count("2.0x") == 3
 
 
+def test_numbers_of_a_log_axis_are_raw_mathematics(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = finished()
+    for cell in sweep.plan.cells:
+        write_log(sweep, cell.train, [60.0 / (step + 1) for step in range(40)])
+    figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path)
+    for name in ("loss", "loss_tokens"):
+        said = texts(tmp_path / f"{name}.svg")
+        assert {"2", "5", "10", "20", "50"} <= set(said)
+        assert "loss, nats per supervised token (log scale)" in said
+        assert not [text for text in said if "$" in text]
+
+
+def test_a_sentence_of_two_panels_is_said_twice(finished: Callable[..., Sweep], tmp_path: Path) -> None:
+    """The settings' captions differ by a sentence in their middle."""
+    sweep = finished(SWEEP.replace("arm: [padding", "train.lr: [1e-3, 2e-3]\n  arm: [padding"))
+    for cell in sweep.plan.cells:
+        seed, best = int(cell.labels["seed"]), cell.labels["arm"] == "best_fit"
+        clear = cell.labels["train.lr"] != sweep.plan.cells[0].labels["train.lr"]
+        for task in cell.evals:
+            sweep.scored(cell, task, 0.5 + best * (0.2 + seed / 100 if clear else (seed - 2) / 10))
+    report = sweep.report()
+    found = pictures.pictures(sweep.plan, report, sweep.store, gather.Members(report.rows))
+    captions = [own["differences"].caption for _, own in found.settings]
+    assert len(set(captions)) == 2
+    figures.draw(sweep.plan, report, sweep.store, tmp_path)
+    said = " ".join(texts(tmp_path / "differences.svg"))
+    for word in ("Filled: shown", "Hollow, solid:", "Not shown does not mean none."):
+        assert said.count(word) == 1, word
+    assert said.index("Not shown does not") > max(said.index("Filled: "), said.index("Hollow, solid:"))
+
+
 @pytest.mark.parametrize("random", [True, False])
 def test_random_weights_go_unlabelled(finished: Callable[..., Sweep], tmp_path: Path, random: bool) -> None:
     sweep = finished(random_weights=random)
@@ -190,6 +221,17 @@ def test_missing_matplotlib_is_a_traceback(
     with pytest.raises(ConfigError, match="matplotlib") as error:
         figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "pictures")
     assert error.value.fix == "pip install 'packcli[plot]'"
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_directory_that_cannot_be_made_is_a_traceback(
+    finished: Callable[..., Sweep], tmp_path: Path, below: str
+) -> None:
+    sweep = finished()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="figures cannot be written to") as error:
+        figures.draw(sweep.plan, sweep.report(), sweep.store, tmp_path / "file" / below)
+    assert error.value.fix
 
 
 def test_command_prints_the_paths_among_its_results(

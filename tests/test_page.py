@@ -225,10 +225,13 @@ def test_a_difference_inside_its_interval_is_set_off(finished: Make) -> None:
         page_of(finished(scores=lambda arm, seed: 0.5 + (seed - 2) * (0.1 if arm == "best_fit" else 0.0)))
     )
     assert "shown" not in unsure
+    assert 'class="change"' in unsure
+    assert not re.search(r"change (up|down)", unsure)  # nor is it coloured
     sure = scores_of(
         page_of(finished(scores=lambda arm, seed: 0.5 - (0.2 + seed / 100 if arm == "best_fit" else 0.0)))
     )
     assert re.search(r'data-v="-0\.2[12]\d*"><span class="change down shown">-2[12]', sure)
+    assert len(re.findall(r"change (?:up|down)", sure)) == 1  # single tasks have no interval
 
 
 def test_a_difference_is_set_off_that_a_correction_for_all_of_them_does_not_show(finished: Make) -> None:
@@ -514,6 +517,21 @@ def test_the_page_itself_scrolls_sideways(opened: Callable[..., Opened], width: 
     assert box.evaluate("box => box.clientWidth") <= width
     if width < 400:
         assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+
+
+@pytest.mark.slow
+def test_a_table_that_is_cut_does_not_say_that_it_scrolls(opened: Callable[..., Opened]) -> None:
+    shown = opened(viewport={"width": 390, "height": 740})
+    hint, wide = (shown.page.locator(f"#part-scores {name}") for name in (".hint", ".wide"))
+    sides = "one => [one.classList.contains('before'), one.classList.contains('behind')]"
+    shown.page.wait_for_selector("#part-scores .wide.behind")
+    assert hint.is_visible()
+    assert wide.evaluate(sides) == [False, True]
+    shown.page.locator("#part-scores .scroll").evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    shown.page.wait_for_selector("#part-scores .wide.before")
+    assert wide.evaluate(sides) == [True, False]
+    shown.page.set_viewport_size({"width": 1280, "height": 740})
+    hint.wait_for(state="hidden")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from packcli.files import write_json
 from packcli.plan import Plan, needed, plan
 from packcli.report import paper, render, rows
 from packcli.report.records import Report
-from packcli.store import Manifest, Store
+from packcli.store import Manifest, Store, records
 
 SIX = paper.SCORES[:6]
 BATCH = {"llama3_8b": 128, "llama3_70b": 64}
@@ -139,7 +139,7 @@ def finished(
             version=1,
             spec={},
             inputs={},
-            outputs={},
+            outputs=records(store.directory("eval", id_)) if kind == "eval" else {},
             results=results,
             provenance={},  # type: ignore[arg-type]
         )
@@ -154,8 +154,8 @@ def finished(
         for task, id_ in cell.evals.items():
             right = 50 if padding else 51 if task == "mmlu" else 49
             score = {"metric": "acc", "score": right / 100, "n": n, "n_total": 100}
-            finish("eval", id_, {"task": task, **score})
             write_json(store.items(id_), [1.0] * right + [0.0] * (100 - right))
+            finish("eval", id_, {"task": task, **score})
     return made, rows.collect(made, store)
 
 

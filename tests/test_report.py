@@ -268,6 +268,7 @@ def one_seed(make: Make, tasks: dict[str, tuple[list[float], list[float]]]) -> S
             items = padding if cell.labels["arm"] == "padding" else best_fit
             sweep.scored(cell, task, sum(items) / len(items), n=len(items), n_total=len(items))
             write_json(sweep.store.items(cell.evals[task]), items)
+            sweep.finish_with_files(cell.evals[task])
     return sweep
 
 
@@ -314,7 +315,7 @@ def test_speedup_has_a_part_that_is_not_printed(make: Make) -> None:
     cost = column(make().report(), "cost of training", everything=True)
     assert cost["slots\na step"] == ["160", "165"]
     assert cost["fewer\nslots"] == ["baseline", "1.94x"]
-    assert cost["less CPU\ntime a slot"] == ["baseline", "1.53x"]
+    assert cost["CPU time a slot,\nbaseline's / its"] == ["baseline", "1.53x"]
 
 
 def test_speedup_divides_seeds_only_one_arm_has(make: Make) -> None:
@@ -381,10 +382,12 @@ def test_case_49_rows_that_could_not_be_scored_make_a_score_that_is_averaged_or_
     full = sweep.group("best_fit")
     for cell in sweep.plan.cells:
         write_json(sweep.store.items(cell.evals["swap"]), [0.0, 1.0] * 50)
+        sweep.finish_with_files(cell.evals["swap"])
     lacking = sweep.cell(arm="best_fit", seed="2")
     left_out = {"rows": ["7"], "reason": "1 of 100 prompts needs a splitter", "fix": "fetch the splitter"}
     sweep.scored(lacking, "swap", 0.99, n=99, left_out=left_out)
     write_json(sweep.store.items(lacking.evals["swap"]), [1.0] * 99)
+    sweep.finish_with_files(lacking.evals["swap"])
     report, group = sweep.report(), sweep.group("best_fit")
     (row,) = [row for row in report.rows if row.cell == lacking.id]
     assert (row.eval["swap"].n, row.eval["swap"].partial, row.eval["swap"].left_out) == (99, True, True)
@@ -488,6 +491,30 @@ def test_results_that_were_changed_by_hand_stay_in_the_table(make: Make) -> None
     assert not sweep.report().damaged()
     changed(sweep.store.results(lost))
     assert "its bytes changed" in sweep.report().damaged()[0]
+
+
+@pytest.mark.parametrize("score", [7.5, -1.01, "0.5", 0.95])
+def test_a_score_that_none_can_be_or_that_was_not_written_is_averaged_over(make: Make, score: object) -> None:
+    sweep = make(scores=lambda arm, seed: 0.5 + seed / 100)
+    lost = sweep.cell(arm="best_fit", seed="2").evals["swap"]
+    write_json(sweep.store.results(lost), {"results": {}, "packcli": {"score": 0.52}})
+    sweep.finish_with_files(lost)
+    path = sweep.store.manifest_file("eval", lost)
+    manifest = read_json(path)
+    write_json(path, manifest | {"results": manifest["results"] | {"score": score}})
+    (row,) = [row for row in sweep.report().rows if row.damaged]
+    assert (row.labels, row.tasks["swap"], row.average) == ({"arm": "best_fit", "seed": "2"}, "failed", None)
+    assert str(score) in row.damaged[0]
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "changed"])
+def test_items_that_nobody_scored_make_an_interval(make: Make, gone: bool) -> None:
+    sweep = one_seed(make, {"copy": ([0.0, 1.0] * 50, [1.0, 1.0] * 50)})
+    path = sweep.store.items(sweep.cell(arm="best_fit").evals["copy"])
+    path.unlink() if gone else write_json(path, [0.0] * 100)
+    (row,) = [row for row in sweep.report().rows if row.damaged]
+    assert (row.labels["arm"], row.tasks["copy"]) == ("best_fit", "failed")
+    assert str(path) in row.damaged[0]
 
 
 def test_a_manifest_without_what_a_report_needs_is_a_traceback(make: Make) -> None:

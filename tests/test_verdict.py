@@ -129,7 +129,7 @@ def test_an_arm_is_taken_for_scores_of_a_single_seed(told: Tell) -> None:
     text = told(with_effect(best_fit=0.2, padding_free=-0.2), one).text
     assert text.startswith("Not settled: one seed")
     assert "in one seed, `padding_free` -20.7 and `best_fit` +20.6" in text
-    for claim in ("Take ", "shown above", "shown below", "Stay with"):
+    for claim in ("Take ", "shown to be higher", "shown to be lower", "Stay with"):
         assert claim not in text
     assert "`padding` took 3.0x (one seed) the CPU time" in text
 
@@ -153,7 +153,7 @@ def test_no_difference_shown_is_called_the_same_and_hides_what_could_be_lost(tol
     effects = sorted([group.detectable, best.detectable])
     size = f"{100 * effects[0]:.1f} to {100 * effects[1]:.1f} points, by arm,"
     assert f"a true difference of {size} is found 4 times in 5, a smaller one less often" in made.text
-    for claim in ("the same", "equally", "as good", "shown above", "shown below"):
+    for claim in ("the same", "equally", "as good", "shown to be higher", "shown to be lower"):
         assert claim not in made.text
 
 
@@ -164,7 +164,8 @@ def test_a_difference_goes_without_its_interval_or_stands_uncorrected(told: Tell
     assert group.p_holm is not None
     assert group.p_holm == pytest.approx(2 * group.p)
     assert made.text.startswith("Take `best_fit`: its average score is above `padding`'s.")
-    assert re.search(r"shown above, `best_fit` \+5\.0 \[\+4\.\d, \+5\.\d\] \(p (< )?0\.00\d* by Holm\)", made.text)
+    pattern = r"shown to be higher, `best_fit` \+5\.0 \[\+4\.\d, \+5\.\d\] \(p (< )?0\.00\d* by Holm\)"
+    assert re.search(pattern, made.text)
     assert "no difference shown, `padding_free`" in made.text
 
 
@@ -180,7 +181,7 @@ def test_an_interval_without_zero_is_claimed_though_many_were_looked_at(told: Te
     assert group.p_holm is not None
     assert group.interval[0] > 0
     assert group.p < 0.05 < group.p_holm
-    assert "shown above" not in made.text
+    assert "shown to be higher" not in made.text
     assert f"`best_fit` {words.points(0.009)} {words.interval(group.interval)} (p" in made.text
     assert f"(p {group.p:.2g} by itself, {group.p_holm:.2g} over 8 comparisons)" in made.text
 
@@ -188,7 +189,7 @@ def test_an_interval_without_zero_is_claimed_though_many_were_looked_at(told: Te
 def test_a_slower_or_lower_arm_is_taken(told: Tell) -> None:
     below = told(with_effect(best_fit=-0.05, padding_free=-0.06)).text
     assert below.startswith("Stay with `padding`: every other arm scored below it.")
-    assert "shown below, `padding_free` -6.0" in below
+    assert "shown to be lower, `padding_free` -6.0" in below
     slower = told(with_effect(), seconds=lambda arm, seed: 30.0 if arm == "padding" else 40.0).text
     assert slower.startswith("Stay with `padding`: no arm was shown to score above it or to cost less.")
     assert "`padding` itself was fastest; next was" in slower
@@ -341,10 +342,11 @@ def test_fewer_steps_larger_batches_and_lost_tokens_go_unmentioned(told: Tell) -
         return {"steps": 10, "ledger": {"tokens_dropped": 30, "tokens_truncated": 20, "tokens_kept": 950}}
 
     text = told(with_effect(), more=more).text
-    assert "so no score is packing's own effect: optimizer steps (`padding` 20, `best_fit` 10); " in text
+    assert "The score of `best_fit` is not packing's own effect, for more than the layout differs" in text
+    assert ": optimizer steps (`padding` 20, `best_fit` 10); " in text
     assert "documents a step (`padding` 8, `best_fit` 16); " in text
     assert "tokens truncated or dropped (`padding` 0.0%, `best_fit` 5.0%)" in text
-    assert "More than the layout" not in told(with_effect()).text
+    assert "more than the layout" not in told(with_effect()).text
 
 
 def test_attention_across_and_another_loss_go_unmentioned(told: Tell) -> None:

@@ -51,21 +51,38 @@ class Arm:
         return f"`{plain(self.group.arm)}`"
 
 
+@dataclass(frozen=True, slots=True)
+class Unlike:
+    """One thing that differs, in words, and the arms in which it does."""
+
+    text: str
+    arms: list[Arm]
+
+
 def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
     """All that differs, with the arms and numbers; nothing where it is the layout alone."""
-    found = [
+    known = [
         _numbers("optimizer steps", base, others, _steps),
         _numbers("documents a step", base, others, _documents),
         _shares("tokens truncated or dropped", base, others, _lost, TOKENS),
         _shares("documents cut over rows", base, others, _cut, CUT),
         _crossing(base, others),
+        _marked(base, others),
         _loss(base, others),
-        _elsewhere([base, *others]),
+        _elsewhere(base, others),
     ]
-    if not any(found):
+    found = [one for one in known if one is not None and one.arms]
+    if not found:
         return []
-    known = "; ".join(part for part in found if part)
-    return [f"More than the layout differs from {base.name}, so no score is packing's own effect: {known}."]
+    named = [arm.name for arm in others if any(arm in one.arms for one in found)]
+    told = "; ".join(one.text for one in found)
+    if len(named) == len(others) > 1:
+        whose = "No score here is"
+    elif len(named) == 1:
+        whose = f"The score of {named[0]} is not"
+    else:
+        whose = f"The scores of {words.listed(named)} are not"
+    return [f"{whose} packing's own effect, for more than the layout differs from {base.name}: {told}."]
 
 
 # One thing that may differ -----------------------------------------------------------------------------
@@ -73,48 +90,55 @@ def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
 Measure = Callable[[Arm], float | None]
 
 
-def _numbers(what: str, base: Arm, others: Sequence[Arm], measure: Measure) -> str:
+def _numbers(what: str, base: Arm, others: Sequence[Arm], measure: Measure) -> Unlike | None:
     own = measure(base)
     if not own:
-        return ""
+        return None
     values = [(arm, value) for arm in others if (value := measure(arm)) is not None]
-    unlike = [
-        f"{arm.name} {words.count(round(value, 1))}" for arm, value in values if abs(value / own - 1) > STEPS
-    ]
-    return f"{what} ({base.name} {words.count(round(own, 1))}, {', '.join(unlike)})" if unlike else ""
+    unlike = [(arm, value) for arm, value in values if abs(value / own - 1) > STEPS]
+    told = [f"{arm.name} {words.count(round(value, 1))}" for arm, value in unlike]
+    text = f"{what} ({base.name} {words.count(round(own, 1))}, {', '.join(told)})"
+    return Unlike(text, [arm for arm, _ in unlike])
 
 
-def _shares(what: str, base: Arm, others: Sequence[Arm], measure: Measure, least: float) -> str:
+def _shares(what: str, base: Arm, others: Sequence[Arm], measure: Measure, least: float) -> Unlike | None:
     own = measure(base)
     if own is None:
-        return ""
+        return None
     values = [(arm, value) for arm in others if (value := measure(arm)) is not None]
-    unlike = [f"{arm.name} {100 * value:.1f}%" for arm, value in values if abs(value - own) > least]
-    return f"{what} ({base.name} {100 * own:.1f}%, {', '.join(unlike)})" if unlike else ""
+    unlike = [(arm, value) for arm, value in values if abs(value - own) > least]
+    told = [f"{arm.name} {100 * value:.1f}%" for arm, value in unlike]
+    return Unlike(f"{what} ({base.name} {100 * own:.1f}%, {', '.join(told)})", [arm for arm, _ in unlike])
 
 
-def _crossing(base: Arm, others: Sequence[Arm]) -> str:
-    unlike = [arm.name for arm in others if arm.order.arm.attention != base.order.arm.attention]
-    if not unlike:
-        return ""
+def _crossing(base: Arm, others: Sequence[Arm]) -> Unlike:
+    unlike = [arm for arm in others if arm.order.arm.attention != base.order.arm.attention]
     crosses = base.order.arm.attention == "causal"
-    return f"attention across documents ({'not ' if crosses else ''}in {words.listed(unlike)})"
+    names = words.listed([arm.name for arm in unlike])
+    return Unlike(f"attention across documents ({'not ' if crosses else ''}in {names})", unlike)
 
 
-def _loss(base: Arm, others: Sequence[Arm]) -> str:
+def _marked(base: Arm, others: Sequence[Arm]) -> Unlike:
+    own = base.order.arm.boundary
+    unlike = [arm for arm in others if arm.order.arm.boundary != own]
+    told = [f"{arm.name} {arm.order.arm.boundary}" for arm in unlike]
+    return Unlike(f"tokens between documents ({base.name} {own}, {', '.join(told)})", unlike)
+
+
+def _loss(base: Arm, others: Sequence[Arm]) -> Unlike:
     own = base.order.arm.loss
-    unlike = [f"{arm.name} by {arm.order.arm.loss}" for arm in others if arm.order.arm.loss != own]
-    return f"what the loss is a mean over ({base.name} by {own}, {', '.join(unlike)})" if unlike else ""
+    unlike = [arm for arm in others if arm.order.arm.loss != own]
+    told = [f"{arm.name} by {arm.order.arm.loss}" for arm in unlike]
+    return Unlike(f"what the loss is a mean over ({base.name} by {own}, {', '.join(told)})", unlike)
 
 
-def _elsewhere(arms: Sequence[Arm]) -> str:
-    """Arms that do better at another learning rate than the one of this setting."""
-    found = [
-        f"{arm.name} does best at {arm.grid.best}"
-        for arm in arms
-        if arm.grid and arm.grid.best != arm.group.labels[RATE]
-    ]
-    return f"how well the learning rate fits ({', '.join(found)})" if found else ""
+def _elsewhere(base: Arm, others: Sequence[Arm]) -> Unlike:
+    """Arms that do better at another learning rate than the one of this setting; the baseline's concerns all."""
+    unlike = [arm for arm in (base, *others) if arm.grid and arm.grid.best != arm.group.labels[RATE]]
+    told = [f"{arm.name} does best at {arm.grid.best}" for arm in unlike if arm.grid]
+    return Unlike(
+        f"how well the learning rate fits ({', '.join(told)})", list(others) if base in unlike else unlike
+    )
 
 
 def _steps(arm: Arm) -> float | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from packcli.report import words
 from packcli.report.confounds import Arm
 
+SHORT_S = 1.0
+"""Of a training that takes less than this, starting it is most of what was timed."""
 ALIKE = 0.1
 """Time a slot that differs by more than this share is said to."""
 
@@ -36,6 +38,11 @@ def comparable(arms: Sequence[Arm]) -> bool:
     return len(used) == 1
 
 
+def told(arms: Sequence[Arm]) -> bool:
+    """Whether the trainings took long enough for their times to tell anything."""
+    return all(train.wall_s is None or train.wall_s >= SHORT_S for arm in arms for train in arm.trains)
+
+
 def timing(arm: Arm) -> Timing | None:
     """By CPU time on CPUs, where it is steadier, else by wall time; None where no seed is in both arms."""
     if (found := arm.group.speedup) is None:
@@ -53,20 +60,23 @@ def sentence(base: Arm, arms: Sequence[Arm], timings: Sequence[Timing], taken: A
     """What the arm that is taken saves, and which was fastest, under the budget of the setting."""
     if any(arm.trains for arm in arms) and not comparable(arms):
         return "Runs used unlike devices, processes or threads, so their times are not compared."
+    if not told(arms):
+        return f"Some trainings took less than {SHORT_S:g} s, so nothing is said of speed."
     best = fastest(timings)
     if best is None:
         return f"Cost: no finished training to set against {base.name} yet."
     own = next((found for found in timings if found.arm is taken), None)
-    if own is None:
-        told = [_fastest(base, best)]
-    elif own is best:
-        told = [_saving(base, own)]
-    else:
-        told = [_saving(base, own), f"fastest was {best.arm.name} ({words.times(best.ratio)})"]
     close = [found for found in timings if found.n > 1 and found.low > 1 and found.high >= best.low]
+    if own is None:
+        clauses = [_fastest(base, best)]
+    elif own is best:
+        clauses = [_saving(base, own)]
+    else:
+        clearly = ", not clearly faster" if own in close else ""
+        clauses = [_saving(base, own), f"fastest was {best.arm.name} ({words.times(best.ratio)}{clearly})"]
     if near := [f"{found.arm.name} ({words.times(found.ratio)})" for found in close if found not in (best, own)]:
-        told.append(f"not clearly behind {'it' if own is not best else best.arm.name}: {words.listed(near)}")
-    return f"At {_budget([arm for arm in arms if arm.trains])}, {'; '.join(told)}."
+        clauses.append(f"not clearly behind {'it' if own is not best else best.arm.name}: {words.listed(near)}")
+    return f"At {_budget([arm for arm in arms if arm.trains])}, {'; '.join(clauses)}."
 
 
 def _fastest(base: Arm, best: Timing) -> str:

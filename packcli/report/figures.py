@@ -5,6 +5,7 @@ Equal runs give equal files, byte for byte. Of shared base models nothing is dra
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def draw(plan: Plan, report: Report, store: Store, directory: Path) -> list[Path
     """Write the charts of the report's page, each kind as SVG and PNG; their paths.
 
     Raises:
-        ConfigError: matplotlib is not installed, nothing is there to draw, or `directory` is a file.
+        ConfigError: matplotlib is not installed, nothing is there to draw, or `directory` cannot be written.
     """
     check()
     found = pictures.pictures(plan, report, store, gather.Members(report.rows))
@@ -102,17 +103,20 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     """Write each figure as SVG and PNG, equal ones byte for byte; their paths.
 
     Raises:
-        ConfigError: `directory` is a file.
+        ConfigError: `directory` is a file, or cannot be made or written.
     """
+    written = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"`{directory}` is a file", "name a directory for the figures") from None
-    written = []
-    for name, figure in figures.items():
-        for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-            written.append(directory / f"{name}.{suffix}")
-            figure.savefig(written[-1], metadata=metadata)
+        for name, figure in figures.items():
+            for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                written.append(directory / f"{name}.{suffix}")
+                figure.savefig(written[-1], metadata=metadata)
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise ConfigError(
+            f"figures cannot be written to `{directory}`: {why}", "name a directory that can be written"
+        ) from error
     return written
 
 
@@ -121,8 +125,7 @@ def _figure(about: Sequence[str], panels: Sequence[Panel], left_out: Sequence[st
     from matplotlib.figure import Figure
 
     heights = [_height(chart) for _, chart in panels]
-    notes = dict.fromkeys([*(chart.caption for _, chart in panels), *(left_out)])
-    note = textwrap.fill(" ".join(notes), 130)
+    note = textwrap.fill(" ".join([*_sentences([chart.caption for _, chart in panels]), *left_out]), 130)
     figure = Figure(figsize=(8.0, 0.7 + 0.13 * note.count("\n") + sum(heights)), layout="constrained")
     figure.suptitle(f"{panels[0][1].title}\n{' · '.join(about)}")
     figure.supxlabel(note, fontsize=7, color=_GREY)
@@ -132,6 +135,15 @@ def _figure(about: Sequence[str], panels: Sequence[Panel], left_out: Sequence[st
         axes.set_xlabel(chart.x_name)
         _draw(axes, chart)
     return figure
+
+
+def _sentences(captions: Sequence[str]) -> list[str]:
+    """Of all captions, each once, in the captions' own order."""
+    last: dict[str, int] = {}
+    for caption in captions:
+        for place, sentence in enumerate(re.split(r"(?<=\.) (?=[A-Z])", caption)):
+            last[sentence] = max(place, last.get(sentence, 0))
+    return sorted(last, key=last.__getitem__)
 
 
 def _height(chart: Chart) -> float:
@@ -181,11 +193,22 @@ def _curves(axes: Axes, chart: Curves) -> None:
         )
     axes.set_ylabel(chart.y_name)
     if chart.log:
-        axes.set_yscale("log")
+        _log(axes, chart.y_name)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="0.9")
     _legend(axes)
+
+
+def _log(axes: Axes, name: str) -> None:
+    """A log y axis. matplotlib's own numbers there are mathematics, which `_STYLE` does not read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.set_ylabel(f"{name} (log scale)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _xy(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -22,7 +22,7 @@ def draw(ladders: Sequence[Ladder], directory: Path) -> list[Path]:
     """Write `ladder` as SVG and PNG: a panel for each ladder that has a seed scored in all its arms; their paths.
 
     Raises:
-        ConfigError: matplotlib is not installed, or `directory` is a file.
+        ConfigError: matplotlib is not installed, or nothing can be written to `directory`.
     """
     scored = [ladder for ladder in ladders if ladder.seeds]
     if not scored:

@@ -41,7 +41,7 @@ def draw(result: Json, directory: Path) -> list[Path]:
     `result`: what `probes.run` gives.
 
     Raises:
-        ConfigError: matplotlib is not installed, or `directory` is a file.
+        ConfigError: matplotlib is not installed, or nothing can be written to `directory`.
     """
     figures.check()
     with figures.styled():

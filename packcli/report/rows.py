@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from packcli.errors import IntegrityError
@@ -18,7 +19,7 @@ from packcli.files import read_bytes, read_json
 from packcli.plan import Cell, Kind, Plan
 from packcli.report import groups, physics, probed, verdict
 from packcli.report.records import Failure, Report, Row, Score, Train
-from packcli.store import Manifest, State, Store
+from packcli.store import MANIFEST, FileRecord, Manifest, State, Store
 
 T = TypeVar("T")
 Stage = tuple[Kind, str]
@@ -31,8 +32,9 @@ def collect(plan: Plan, store: Store) -> Report:
 
     A stage with a damaged file counts as failed, and the row names the file.
     """
-    rows = tuple(_row(cell, _Stages(cell, plan, store)) for cell in plan.cells)
-    items = _Items(store)
+    records: dict[str, FileRecord] = {}
+    rows = tuple(_row(cell, _Stages(cell, plan, store, records)) for cell in plan.cells)
+    items = _Items(store, records)
     pooled = groups.pool(rows, plan.baseline, items)
     if items.damaged:
         rows = tuple(_without(row, items.damaged) for row in rows)
@@ -83,11 +85,12 @@ def _average(tasks: Iterable[str], scores: Mapping[str, Score]) -> float | None:
 class _Stages:
     """The stages of one cell, each manifest read once.
 
-    `failures` fills with those met that failed, each once; `damaged` with what is wrong with a file, by stage.
+    `failures` fills with those met that failed, each once; `damaged` with what is wrong with a file, by stage;
+    `items` with the records of what each item earned, by eval id.
     """
 
-    def __init__(self, cell: Cell, plan: Plan, store: Store) -> None:
-        self._cell, self._plan, self._store = cell, plan, store
+    def __init__(self, cell: Cell, plan: Plan, store: Store, items: dict[str, FileRecord]) -> None:
+        self._cell, self._plan, self._store, self._items = cell, plan, store, items
         self._found: dict[Stage, Manifest | None] = {}
         self.failures: dict[Stage, Failure] = {}
         self.damaged: dict[Stage, str] = {}
@@ -110,7 +113,9 @@ class _Stages:
             try:
                 found = self._found[kind, id_] = self._store.manifest(kind, id_)
                 if found is not None and kind == "eval":
-                    _check(self._store.results(id_), found)
+                    _agree(self._store.results(id_), found)
+                    if (record := found.outputs.get(self._store.items(id_).name)) is not None:
+                        self._items[id_] = record
             except IntegrityError as error:
                 self._damage(kind, id_, error)
         return self._found[kind, id_]
@@ -151,17 +156,35 @@ class _Stages:
                 yield Failure(stage=f"eval {task}", cause=f"{counts} scored: {found['reason']}", fix=found["fix"])
 
 
-def _check(path: Path, manifest: Manifest) -> None:
-    """Raise `IntegrityError` unless a small file of a stage is as its manifest says."""
-    record = manifest.outputs.get(path.name)
+def _checked(path: Path, record: FileRecord | None) -> bytes | None:
+    """The bytes of a small file, seen to be as its manifest says; None: the manifest holds no such file.
+
+    Raises:
+        IntegrityError: they are not, or it is gone.
+    """
     if record is None:
-        return
+        return None
     try:
-        whole = hashlib.sha256(read_bytes(path)).hexdigest() == record.sha256
+        found = read_bytes(path)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror or 'cannot be read'}", _again(path.parent)) from None
-    if not whole:
+    if hashlib.sha256(found).hexdigest() != record.sha256:
         raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", _again(path.parent))
+    return found
+
+
+def _agree(path: Path, manifest: Manifest) -> None:
+    """Raise `IntegrityError` for a score that none can be, or that is not the one in results.json."""
+    written, score = _checked(path, manifest.outputs.get(path.name)), manifest.results.get("score")
+    if score is None:
+        return
+    manifest_ = path.with_name(MANIFEST)
+    if not (isinstance(score, int | float) and abs(score) <= 1):  # a judge's may be negative
+        raise IntegrityError(f"{manifest_}: {score} is no score, which is a share of 1", _again(path.parent))
+    own = orjson.loads(written).get("packcli", {}).get("score") if written else None
+    if own is not None and own != score:
+        cause = f"{manifest_}: its score is {score}, that of {path.name} {own}"
+        raise IntegrityError(cause, _again(path.parent))
 
 
 def _again(directory: Path) -> str:
@@ -233,11 +256,11 @@ def probes_of(evals: Mapping[str, str], store: Store) -> dict[str, Any] | None:
 class _Items:
     """What each item of a task earned, [items] float64; None where it was scored before that was kept.
 
-    `damaged`: by eval id.
+    `records`: of these files, by eval id; `damaged`: the same.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, records: Mapping[str, FileRecord]) -> None:
+        self._store, self._records = store, records
         self.damaged: dict[str, Failure] = {}
         # The baseline's are wanted by every other arm of its setting.
         self._read = lru_cache(maxsize=256)(self._from_disk)
@@ -247,15 +270,18 @@ class _Items:
 
     def _from_disk(self, id_: str, task: str) -> NDArray[np.float64] | None:
         path = self._store.items(id_)
+        cause = f"{path}: not a list of what each item earned"
         try:
-            found = read_json(path)
+            written = _checked(path, self._records.get(id_))
+            if written is None:  # scored before these were kept
+                return None
+            found = orjson.loads(written)
             if isinstance(found, list) and set(map(type, found)) <= _EARNED:
                 return np.array(found, float)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
+        except IntegrityError as error:
+            cause = error.cause
+        except ValueError:
             pass
-        cause = f"{path}: not a list of what each item earned"
         self.damaged[id_] = Failure(stage=f"eval {task}", cause=cause, fix=_again(path.parent))
         return None
 

@@ -261,7 +261,11 @@ def _costs(report: Report, everything: bool) -> list[Column]:
             (on_cpu, "speed-up,\nCPU time", _against(baseline, _speedup("cpu"))),
             (True, "speed-up,\nwall time", _against(baseline, _speedup("wall"))),
             (True, "fewer\nslots", _against(baseline, lambda group: group.slot_ratio)),
-            (True, f"less {time}\ntime a slot", _against(baseline, _speedup(f"{time.lower()}_per_slot"))),
+            (
+                True,
+                f"{time} time a slot,\nbaseline's / its",
+                _against(baseline, _speedup(f"{time.lower()}_per_slot")),
+            ),
         ]
     columns.append(
         (True, "seeds\ntrained", lambda group: _counted(group.train.n if group.train else 0, group.n_cells))

@@ -16,7 +16,7 @@ from packcli.log import plain
 from packcli.plan import Plan, TrainOrder
 from packcli.report import confounds, words
 from packcli.report.confounds import Arm
-from packcli.report.costs import Timing, comparable, fastest, sentence, timing
+from packcli.report.costs import Timing, comparable, fastest, sentence, timing, told
 from packcli.report.records import SIGNIFICANT, Group, Row, Train, by_setting
 
 SAME_LOSS = 0.001
@@ -26,6 +26,7 @@ MOST_ARMS = 6
 Standing = Literal["above", "below", "open", "equal", "unknown"]
 """Of an arm's average score: shown to be above or below the baseline's; neither shown; to the last item the
 baseline's in each of several seeds, with its validation loss; nothing to say."""
+_SHOWN: dict[Standing, str] = {"above": "higher", "below": "lower"}
 
 
 def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
@@ -129,7 +130,7 @@ def _setting(arms: list[Arm], baseline: str | None, comparisons: int) -> tuple[s
     if all(arm.order.train.steps == 0 for arm in arms):
         return "not trained", "Nothing was trained (`train.steps: 0`): what is scored are models as they came."
     (base,) = [arm for arm in arms if arm.group.arm == baseline]
-    timings = [found for arm in others if (found := timing(arm))] if comparable(arms) else []
+    timings = [found for arm in others if (found := timing(arm))] if comparable(arms) and told(arms) else []
     taken, answer = _answer(base, others, timings)
     scored = any(arm.group.task_states for arm in others)
     sentences = [
@@ -210,8 +211,8 @@ def _scores(base: Arm, others: list[Arm], comparisons: int) -> list[str]:
     for arm in others:
         by.setdefault(_standing(arm.group, base.group), []).append(arm)
     clauses = [
-        f"shown {standing}, {_few([_estimate(arm, comparisons) for arm in by[standing]])}"
-        for standing in ("above", "below")
+        f"shown to be {word}, {_few([_estimate(arm, comparisons) for arm in by[standing]])}"
+        for standing, word in _SHOWN.items()
         if standing in by
     ]
     if "open" in by:
@@ -219,7 +220,7 @@ def _scores(base: Arm, others: list[Arm], comparisons: int) -> list[str]:
     if "equal" in by:
         clauses.append(f"0 in every seed, {_few([arm.name for arm in by['equal']])}")
     clauses += _unbounded([arm.group for arm in by.get("unknown", [])])
-    return [f"Points of average score above {base.name}: {'; '.join(clauses)}.", *_seen(by.get("open", []))]
+    return [f"Average score less {base.name}'s, in points: {'; '.join(clauses)}.", *_seen(by.get("open", []))]
 
 
 def _seen(arms: list[Arm]) -> list[str]:
@@ -227,7 +228,11 @@ def _seen(arms: list[Arm]) -> list[str]:
     effects = sorted(arm.group.detectable for arm in arms if arm.group.detectable is not None)
     if not effects:
         return []
-    least, most = f"{100 * effects[0]:.1f}", f"{100 * effects[-1]:.1f}"
+    if effects[0] > 1:  # more than scores can differ by
+        return [
+            "No difference shown is not none: with so few seeds and so much scatter, none could have been seen."
+        ]
+    least, most = f"{100 * effects[0]:.1f}", f"{100 * effects[-1]:.1f}" if effects[-1] <= 1 else "over 100"
     size = f"{least} points" if least == most else f"{least} to {most} points, by arm,"
     chance = f"a true difference of {size} is found 4 times in 5, a smaller one less often"
     return [f"No difference shown is not none: {chance}."]

@@ -59,6 +59,19 @@
     });
   }
 
+  // A table that is wider than the page says so, with a shadow at each side that has more.
+  for (const box of document.querySelectorAll(".scroll")) {
+    const look = () => {
+      const hidden = box.scrollWidth - box.clientWidth;
+      box.parentElement.previousElementSibling.hidden = hidden < 1;
+      box.parentElement.classList.toggle("before", box.scrollLeft > 1);
+      box.parentElement.classList.toggle("behind", box.scrollLeft < hidden - 1);
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    const sizes = new ResizeObserver(look);
+    for (const one of [box, ...box.children]) sizes.observe(one);
+  }
+
   const isFolded = (row) => row.parentElement.classList.contains("folded");
   const settings = [...document.querySelectorAll("tr.setting")].map((row) => {
     const button = asButton(row.querySelector("th"));
