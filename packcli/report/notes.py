@@ -50,9 +50,9 @@ def legend(report: Report) -> list[str]:
             "Not clearly behind: its range over seeds overlaps the fastest arm's."
         )
         lines.append(
-            "speed-up = fewer slots x time a slot, the baseline's over the arm's. Below 1x a slot takes longer: where "
-            "a step holds few, as a step costs something whatever it holds (the optimizer), and where attention "
-            "looks further."
+            "speed-up = fewer slots x time a slot, the baseline's over the arm's. Below 1x a slot takes longer: "
+            "where a step holds few, as a step costs something whatever it holds (the optimizer), and where "
+            "attention looks further."
         )
     if any(group.items for group in report.groups):
         lines.append("below a score: its difference to the baseline's on the same items, without an interval.")
