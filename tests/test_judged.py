@@ -430,7 +430,7 @@ def test_a_sweep_probes_what_it_trained_on_against_what_it_started_from(
         stored = json.loads((tmp_path / f"runs/store/eval/{row['ids']['eval probes']}/results.json").read_text())
         assert stored["packcli"]["probes"]["source"] == "chats.jsonl"
         assert str(tmp_path) not in json.dumps(stored)
-    shown = run_cli("report", sweep, "--figures", "pictures", cwd=tmp_path)
+    shown = run_cli("report", sweep, "--format", "md", "--figures", "pictures", cwd=tmp_path)
     assert shown.code == 0, shown.stderr
-    assert "attention across, rows of best_fit, %" in shown.stdout
+    assert r"attention across, rows of best\_fit, %" in shown.stdout
     assert len(list((tmp_path / "pictures").glob("probes-*/crossing.svg"))) == 2
