@@ -397,7 +397,7 @@ def test_a_sweep_without_a_sandbox_stops_or_says_it_of_no_cell(
     assert "| padding | failed | failed |" in table
     (said,) = [line for line in table.splitlines() if line.startswith("- failed, eval humaneval: ")]
     assert "arm=padding" in said
-    assert "arm=best_fit" in said
+    assert r"arm=best\_fit" in said
 
 
 @needs_data
