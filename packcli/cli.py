@@ -602,9 +602,11 @@ def report(
     json: Json = False,
 ) -> None:
     """Print the comparison table of what has run so far."""
-    with _no_garbage():
+    with _no_garbage() as kept:
         plan, store = _open(sweep, set_, only, runs)
+        kept.append(plan)
         collected = _report(plan, store, "json" if json else format_, against=against, everything=all_)
+        kept.append(collected)
     if figures is not None:
         from packcli.report import figures as drawing
         from packcli.report import ladder, ladder_figure, probe_figures
@@ -621,13 +623,18 @@ def report(
 
 
 @contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Of ten thousand cells nothing can go before the end, and looking for what could takes half the time."""
+def _no_garbage() -> Iterator[list[object]]:
+    """Of ten thousand cells nothing can go before the end, and looking for what could takes half the time.
+
+    What is put into the list is left to the system when the process ends: object by object that takes a second.
+    """
+    kept: list[object] = []
+    kept.append(kept)  # so that nobody lets go of it
     gc.disable()
     try:
-        yield
+        yield kept
     finally:
-        gc.freeze()  # nor will it at the end
+        gc.freeze()
         gc.enable()
 
 
