@@ -21,6 +21,7 @@ import orjson
 from packcli.errors import LockedError, MissingError
 
 _CHUNK_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 16
 _LOOKS, _LOOK_S = 4, 0.05
 
 
@@ -129,15 +130,22 @@ def write_json(path: Path, value: object) -> None:
         file.write(orjson.dumps(value, option=options | orjson.OPT_SERIALIZE_NUMPY))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | str) -> Any:
     """The JSON document in `path`; raises `OSError` or `orjson.JSONDecodeError`."""
     return orjson.loads(read_bytes(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """All of a small file, without a buffer: a report reads eighty thousand."""
-    with path.open("rb", buffering=0) as file:
-        return file.readall()
+def read_bytes(path: Path | str) -> bytes:
+    """All of a small file, by the fewest calls: a report reads seventy thousand."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.read(file, _SMALL_BYTES)
+        if len(found) < _SMALL_BYTES:
+            return found
+        with open(file, "rb", closefd=False) as rest:
+            return found + rest.read()
+    finally:
+        os.close(file)
 
 
 def json_line(value: object) -> bytes:

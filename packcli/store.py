@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -30,12 +31,13 @@ from typing import Any, Literal
 from packcli import __version__
 from packcli.config import Spec
 from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
-from packcli.files import digest, locked, read_json, sha256_file, write_json
+from packcli.files import digest, locked, read_bytes, read_json, sha256_file, write_json
 from packcli.plan import VERSIONS, Kind, Plan
 
 State = Literal["pending", "running", "done", "failed"]
 
 MANIFEST = "manifest.json"
+RESULTS, ITEMS = "results.json", "items.json"
 EXPORT = "packcli.json"
 """Lists the files of an export, which may lie anywhere."""
 LOGS = frozenset({"metrics.jsonl", "trackers", "job.json"})
@@ -66,7 +68,7 @@ class Store:
     """
 
     def __init__(self, root: Path, local: Path | None = None) -> None:
-        self.root, self.local = root, local
+        self.root, self.local, self._text = root, local, str(root)
 
     def check(self, *, writable: bool) -> None:
         """Raise `ConfigError` when the run directory cannot be one, or cannot be written."""
@@ -235,7 +237,7 @@ class Store:
         return self.directory("train", train) / "final"
 
     def results(self, eval_: str) -> Path:
-        return self.directory("eval", eval_) / "results.json"
+        return self.directory("eval", eval_) / RESULTS
 
     def samples(self, eval_: str) -> Path:
         return self.directory("eval", eval_) / "samples.jsonl"
@@ -250,7 +252,7 @@ class Store:
 
     def items(self, eval_: str) -> Path:
         """What each item of the task earned, 0 to 1 (null: no verdict), in the task's own order."""
-        return self.directory("eval", eval_) / "items.json"
+        return self.directory("eval", eval_) / ITEMS
 
     def state(self, kind: Kind, id_: str) -> State:
         if self.manifest_file(kind, id_).exists():
@@ -273,16 +275,43 @@ class Store:
         Raises:
             IntegrityError: the file is there but is no manifest of this stage.
         """
-        path = self.manifest_file(kind, id_)
+        path = self._place(kind, id_, MANIFEST)
         try:
             manifest = Manifest.model_validate(read_json(path))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise IntegrityError(f"{path}: not a manifest", f"delete {path.parent} and run again") from error
+            raise IntegrityError(f"{path}: not a manifest", self.again(kind, id_)) from error
         if (manifest.stage, manifest.id) != (kind, id_):
-            raise IntegrityError(f"{path}: belongs to {manifest.stage} {manifest.id}", f"delete {path.parent}")
+            belongs = f"{path}: belongs to {manifest.stage} {manifest.id}"
+            raise IntegrityError(belongs, f"delete {self.directory(kind, id_)}")
         return manifest
+
+    def checked(self, kind: Kind, id_: str, name: str, record: FileRecord | None) -> bytes | None:
+        """The bytes of a small file of a finished stage, seen to be as its manifest says; None: it lists no such.
+
+        Raises:
+            IntegrityError: they are not, or it is gone.
+        """
+        if record is None:
+            return None
+        path = self._place(kind, id_, name)
+        try:
+            found = read_bytes(path)
+        except OSError as error:
+            cause = f"{path}: {error.strerror or 'cannot be read'}"
+            raise IntegrityError(cause, self.again(kind, id_)) from None
+        if hashlib.sha256(found).hexdigest() != record.sha256:
+            raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", self.again(kind, id_))
+        return found
+
+    def _place(self, kind: Kind, id_: str, name: str) -> str:
+        # Text: to make a `Path` takes as long as to read what lies there, and a report reads seventy thousand.
+        return f"{self._text}/store/{kind}/{id_}/{name}"
+
+    def again(self, kind: Kind, id_: str) -> str:
+        """What mends a damaged stage."""
+        return f"delete {self.directory(kind, id_)} and run again"
 
     @contextlib.contextmanager
     def writing(self, kind: Kind, id_: str) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -157,11 +157,9 @@ def csv_text(report: Report, against: Against | None = None) -> str:
 
     Then one for each number of the paper, where it is compared with.
     """
-    records = [{"kind": "cell", **_flat(row.model_dump(mode="json"))} for row in report.rows]
-    records += [{"kind": "group", **_flat(group.model_dump(mode="json"))} for group in report.groups]
-    records += (
-        [{"kind": "paper", **_flat(one.model_dump(mode="json"))} for one in against.numbers] if against else []
-    )
+    records = [_flat(row.model_dump(mode="json"), "cell") for row in report.rows]
+    records += [_flat(group.model_dump(mode="json"), "group") for group in report.groups]
+    records += [_flat(one.model_dump(mode="json"), "paper") for one in against.numbers] if against else []
     columns = list(dict.fromkeys(column for record in records for column in record))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -170,17 +168,24 @@ def csv_text(report: Report, against: Against | None = None) -> str:
     return text.getvalue()
 
 
-def _flat(record: dict[str, Any], path: str = "") -> dict[str, Any]:
+def _flat(record: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Nested mappings as dotted keys; null and empty lists are left out."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            found.update(_flat(value, f"{path}{key}."))
-        elif isinstance(value, list):
-            found.update(_listed(f"{path}{key}", value))
-        elif value is not None:
-            found[path + key] = value
+    found: dict[str, Any] = {"kind": kind}
+    _flatten(record, "", found)
     return found
+
+
+def _flatten(record: Mapping[str, Any], path: str, found: dict[str, Any]) -> None:
+    for key, value in record.items():
+        if value is None:
+            continue
+        match value:
+            case dict():
+                _flatten(value, f"{path}{key}.", found)
+            case list():
+                found.update(_listed(path + key, value))
+            case _:
+                found[path + key] = value
 
 
 def _listed(path: str, values: list[Any]) -> dict[str, Any]:

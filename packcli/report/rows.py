@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,14 +13,15 @@ from numpy.typing import NDArray
 
 from packcli.errors import IntegrityError
 from packcli.eval import protocol
-from packcli.files import read_bytes, read_json
+from packcli.files import read_json
 from packcli.plan import Cell, Kind, Plan
 from packcli.report import groups, physics, probed, verdict
 from packcli.report.records import Failure, Report, Row, Score, Train
-from packcli.store import MANIFEST, FileRecord, Manifest, State, Store
+from packcli.store import ITEMS, RESULTS, FileRecord, Manifest, State, Store
 
 T = TypeVar("T")
 Stage = tuple[Kind, str]
+Read = Callable[[Kind, str], Manifest | None]
 
 _EARNED = {float, int, type(None)}
 
@@ -33,7 +32,8 @@ def collect(plan: Plan, store: Store) -> Report:
     A stage with a damaged file counts as failed, and the row names the file.
     """
     records: dict[str, FileRecord] = {}
-    rows = tuple(_row(cell, _Stages(cell, plan, store, records)) for cell in plan.cells)
+    read = lru_cache(maxsize=1024)(store.manifest)  # neighbours share row indexes
+    rows = tuple(_row(cell, _Stages(cell, plan, store, read, records)) for cell in plan.cells)
     items = _Items(store, records)
     pooled = groups.pool(rows, plan.baseline, items)
     if items.damaged:
@@ -83,14 +83,14 @@ def _average(tasks: Iterable[str], scores: Mapping[str, Score]) -> float | None:
 
 
 class _Stages:
-    """The stages of one cell, each manifest read once.
+    """The stages of one cell, each manifest read once, by `read`.
 
     `failures` fills with those met that failed, each once; `damaged` with what is wrong with a file, by stage;
     `items` with the records of what each item earned, by eval id.
     """
 
-    def __init__(self, cell: Cell, plan: Plan, store: Store, items: dict[str, FileRecord]) -> None:
-        self._cell, self._plan, self._store, self._items = cell, plan, store, items
+    def __init__(self, cell: Cell, plan: Plan, store: Store, read: Read, items: dict[str, FileRecord]) -> None:
+        self._cell, self._plan, self._store, self._read, self._items = cell, plan, store, read, items
         self._found: dict[Stage, Manifest | None] = {}
         self.failures: dict[Stage, Failure] = {}
         self.damaged: dict[Stage, str] = {}
@@ -103,18 +103,18 @@ class _Stages:
         try:
             return read(manifest)
         except (KeyError, TypeError, ValueError, AttributeError):
-            path = self._store.manifest_file(kind, id_)
-            self._damage(kind, id_, IntegrityError(f"{path}: its results cannot be read", _again(path.parent)))
+            cause = f"{self._store.manifest_file(kind, id_)}: its results cannot be read"
+            self._damage(kind, id_, IntegrityError(cause, self._store.again(kind, id_)))
             return None
 
     def _manifest(self, kind: Kind, id_: str) -> Manifest | None:
         if (kind, id_) not in self._found:
             self._found[kind, id_] = None
             try:
-                found = self._found[kind, id_] = self._store.manifest(kind, id_)
+                found = self._found[kind, id_] = self._read(kind, id_)
                 if found is not None and kind == "eval":
-                    _agree(self._store.results(id_), found)
-                    if (record := found.outputs.get(self._store.items(id_).name)) is not None:
+                    _agree(found, self._store)
+                    if (record := found.outputs.get(ITEMS)) is not None:
                         self._items[id_] = record
             except IntegrityError as error:
                 self._damage(kind, id_, error)
@@ -156,39 +156,20 @@ class _Stages:
                 yield Failure(stage=f"eval {task}", cause=f"{counts} scored: {found['reason']}", fix=found["fix"])
 
 
-def _checked(path: Path, record: FileRecord | None) -> bytes | None:
-    """The bytes of a small file, seen to be as its manifest says; None: the manifest holds no such file.
-
-    Raises:
-        IntegrityError: they are not, or it is gone.
-    """
-    if record is None:
-        return None
-    try:
-        found = read_bytes(path)
-    except OSError as error:
-        raise IntegrityError(f"{path}: {error.strerror or 'cannot be read'}", _again(path.parent)) from None
-    if hashlib.sha256(found).hexdigest() != record.sha256:
-        raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", _again(path.parent))
-    return found
-
-
-def _agree(path: Path, manifest: Manifest) -> None:
+def _agree(manifest: Manifest, store: Store) -> None:
     """Raise `IntegrityError` for a score that none can be, or that is not the one in results.json."""
-    written, score = _checked(path, manifest.outputs.get(path.name)), manifest.results.get("score")
+    kind, id_, score = manifest.stage, manifest.id, manifest.results.get("score")
+    written = store.checked(kind, id_, RESULTS, manifest.outputs.get(RESULTS))
     if score is None:
         return
-    manifest_ = path.with_name(MANIFEST)
-    if not (isinstance(score, int | float) and abs(score) <= 1):  # a judge's may be negative
-        raise IntegrityError(f"{manifest_}: {score} is no score, which is a share of 1", _again(path.parent))
     own = orjson.loads(written).get("packcli", {}).get("score") if written else None
-    if own is not None and own != score:
-        cause = f"{manifest_}: its score is {score}, that of {path.name} {own}"
-        raise IntegrityError(cause, _again(path.parent))
-
-
-def _again(directory: Path) -> str:
-    return f"delete {directory} and run again"
+    if not (isinstance(score, int | float) and abs(score) <= 1):  # a judge's may be negative
+        wrong = f"{score} is no score, which is a share of 1"
+    elif own is not None and own != score:
+        wrong = f"its score is {score}, that of {RESULTS} {own}"
+    else:
+        return
+    raise IntegrityError(f"{store.manifest_file(kind, id_)}: {wrong}", store.again(kind, id_))
 
 
 def _overall(states: list[State]) -> State:
@@ -269,10 +250,9 @@ class _Items:
         return self._read(row.ids[f"eval {task}"], task)
 
     def _from_disk(self, id_: str, task: str) -> NDArray[np.float64] | None:
-        path = self._store.items(id_)
-        cause = f"{path}: not a list of what each item earned"
+        cause = None
         try:
-            written = _checked(path, self._records.get(id_))
+            written = self._store.checked("eval", id_, ITEMS, self._records.get(id_))
             if written is None:  # scored before these were kept
                 return None
             found = orjson.loads(written)
@@ -282,7 +262,9 @@ class _Items:
             cause = error.cause
         except ValueError:
             pass
-        self.damaged[id_] = Failure(stage=f"eval {task}", cause=cause, fix=_again(path.parent))
+        cause = cause or f"{self._store.items(id_)}: not a list of what each item earned"
+        fix = self._store.again("eval", id_)
+        self.damaged[id_] = Failure(stage=f"eval {task}", cause=cause, fix=fix)
         return None
 
 
