@@ -21,10 +21,14 @@ from packcli.store import Store
 def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
     """One fingerprint for every key `plan` looks up; the only function that makes them."""
     hashes = FileHashes(store)
-    evals = {task_key(task, cell.eval): (task, cell.eval) for _, cell in spec.cells for task in cell.eval.tasks}
-    blocks = [cell.data for _, cell in spec.cells]
-    blocks += [cell.model.base.data for _, cell in spec.cells if cell.model.base]
-    origins = {source_key(source): source for data in blocks for source in data.sources}
+    # By identity first: cells share the sections that they have in common.
+    sections = {id(cell.eval): cell.eval for _, cell in spec.cells}.values()
+    evals = {task_key(task, section): (task, section) for section in sections for task in section.tasks}
+    bases = [cell.model.base for _, cell in spec.cells if cell.model.base]
+    blocks = {
+        id(block): block for block in (*(cell.data for _, cell in spec.cells), *(base.data for base in bases))
+    }
+    origins = {source_key(source): source for block in blocks.values() for source in block.sources}
     found: dict[str, str] = {}
     for key in needed(spec):
         kind, _, value = key.partition(":")

@@ -57,10 +57,10 @@ def make_plan(spec: SweepSpec, store: Store) -> Plan:
     Raises:
         ConfigError: a task, data file, template or local model that does not exist.
     """
-    cells = tuple(
-        (labels, cell.model_copy(update={"eval": cell.eval.model_copy(update={"tasks": _tasks(cell.eval)})}))
-        for labels, cell in spec.cells
-    )
+    # Cells share the sections that they have in common; so do these.
+    shared = {id(cell.eval): cell.eval for _, cell in spec.cells}
+    evals = {key: found.model_copy(update={"tasks": _tasks(found)}) for key, found in shared.items()}
+    cells = tuple((labels, cell.model_copy(update={"eval": evals[id(cell.eval)]})) for labels, cell in spec.cells)
     expanded = spec.model_copy(update={"cells": cells})
     return plan(expanded, fingerprints.fingerprints(expanded, store))
 
