@@ -499,14 +499,21 @@ class CellSpec(Spec):
     seed: Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class SweepSpec(Spec):
-    """A sweep after its matrix was multiplied out: `cells` pairs labels (verbatim) with what they mean.
+class LadderSpec(Spec):
+    """`arms` in the order in which their differences are told (`report --format ladder`).
 
-    `ladders`: name -> arms in the order in which their differences are told (`report --format ladder`).
+    `best`: an axis of the matrix, over which each arm stands at the value with its lowest validation loss.
     """
+
+    arms: tuple[str, ...]
+    best: str | None = None
+
+
+class SweepSpec(Spec):
+    """A sweep after its matrix was multiplied out: `cells` pairs labels (verbatim) with what they mean."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     baseline: str | None
-    ladders: dict[str, tuple[str, ...]] = {}
+    ladders: dict[str, LadderSpec] = {}
     axes: dict[str, tuple[str, ...]]
     cells: tuple[tuple[dict[str, str], CellSpec], ...]

@@ -22,6 +22,7 @@ from packcli.config import (
     DataSpec,
     EstimateSpec,
     EvalSpec,
+    LadderSpec,
     LayoutSpec,
     ModelSpec,
     SourceSpec,
@@ -135,7 +136,7 @@ class Plan(Spec):
 
     name: str
     baseline: str | None
-    ladders: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    ladders: dict[str, LadderSpec] = Field(default_factory=dict)
     axes: dict[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     shared: tuple[str, ...]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from packcli.config import ARMS, HOLDS_SECRET, NAME_PATTERN, CellSpec, SweepSpec
+from packcli.config import ARMS, HOLDS_SECRET, NAME_PATTERN, CellSpec, LadderSpec, SweepSpec
 from packcli.errors import ConfigError
 from packcli.yamlfile import KeyPath, Lines, Problems, parse
 
@@ -105,7 +105,7 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
         baseline = next((arm for arm in ("padding", "padding_released") if arm in arm_labels), None)
     elif baseline not in arm_labels:
         problems.add(("baseline",), f"`baseline: {baseline}` is none of the arms {', '.join(arm_labels)}")
-    ladders = _ladders(document.get("ladders"), arm_labels, problems)
+    ladders = _ladders(document.get("ladders"), axes, problems)
     problems.raise_if_any()
     return SweepSpec(
         name=str(document.get("name")),
@@ -116,22 +116,29 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
     )
 
 
-def _ladders(named: Any, arms: tuple[str, ...], problems: Problems) -> dict[str, tuple[str, ...]]:
+def _ladders(named: Any, axes: Mapping[str, Mapping[str, None]], problems: Problems) -> dict[str, LadderSpec]:
     """Sequences of arms, each two or more of the matrix."""
     if named is None:
         return {}
     if not isinstance(named, dict):
         problems.add(("ladders",), "`ladders` is a mapping of a name to a list of arms")
         return {}
+    arms = list(axes.get("arm", ()))
     found = {}
     for name, rungs in named.items():
         where = ("ladders", str(name))
+        best = rungs.get("best") if isinstance(rungs, dict) else None
+        if isinstance(rungs, dict) and rungs.keys() <= {"arms", "best"}:
+            rungs = rungs.get("arms")
         if not isinstance(rungs, list) or len(rungs) < 2 or len(set(map(str, rungs))) < len(rungs):
-            problems.add(where, f"`ladders.{name}` is a list of two or more arms, none of them twice")
+            list_ = "a list of two or more arms, none of them twice, or `{arms: [...], best: train.lr}`"
+            problems.add(where, f"`ladders.{name}` is {list_}")
         elif unknown := [str(arm) for arm in rungs if str(arm) not in arms]:
             problems.add(where, f"`ladders.{name}`: {', '.join(unknown)} is none of the arms {', '.join(arms)}")
+        elif best is not None and best not in (free := [axis for axis in axes if axis not in ("arm", "seed")]):
+            problems.add(where, f"`best: {best}` is none of the axes of the matrix: {', '.join(free) or 'none'}")
         else:
-            found[str(name)] = tuple(map(str, rungs))
+            found[str(name)] = LadderSpec(arms=tuple(map(str, rungs)), best=best)
     return found
 
 
@@ -219,7 +226,7 @@ def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems)
     cells = [
         cell
         for cell in (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-        if axes and not any(_matches(cell, entry) for entry in document.get("exclude") or [])
+        if axes and not any(_excluded(cell, entry) for entry in document.get("exclude") or [])
     ]
     original = [dict(cell) for cell in cells]
     for index, entry in enumerate(document.get("include") or []):
@@ -245,9 +252,20 @@ def _check_exclude(entries: list[dict[str, Any]], axes: Mapping[str, list[Value]
             path = ("exclude", str(index), str(axis))
             if axis not in axes:
                 problems.unknown(path, str(axis), list(axes))
-            elif value not in [item.value for item in axes[axis]]:
-                labels = ", ".join(item.label for item in axes[axis])
-                problems.add(path, f"`exclude`: axis `{axis}` has no value `{value}`; it has {labels}")
+                continue
+            known = [item.value for item in axes[axis]]
+            for one in value if isinstance(value, list) and value not in known else [value]:
+                if one not in known:
+                    labels = ", ".join(item.label for item in axes[axis])
+                    problems.add(path, f"`exclude`: axis `{axis}` has no value `{one}`; it has {labels}")
+
+
+def _excluded(cell: Mapping[str, Value], entry: Mapping[str, Any]) -> bool:
+    """Whether it has all these values; a list, where no value of the axis is one, means any of its own."""
+    return all(
+        axis in cell and (cell[axis].value == value or (isinstance(value, list) and cell[axis].value in value))
+        for axis, value in entry.items()
+    )
 
 
 def _matches(cell: Mapping[str, Value], entry: Mapping[str, Any]) -> bool:

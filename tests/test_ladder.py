@@ -152,3 +152,90 @@ def test_a_ladder_of_no_arms_is_taken(ladders: str, said: str, tmp_path: Path) -
         sweepfile.load(file)
     assert said in str(caught.value)
     assert "sweep.yaml:" in str(caught.value)
+
+
+# Each arm at its best rate ---------------------------------------------------------------------------------
+
+RATES = f"""{SWEEP.replace("  seed:", "  train.lr: [1e-3, 3e-3, 9e-3]" + chr(10) + "  seed:")}exclude:
+- {{arm: [packed, packed_apart], train.lr: [1e-3, 9e-3]}}
+"""
+
+
+@pytest.fixture
+def best(told: Tell) -> Any:  # noqa: F811
+    """A ladder from padding to crossing: what each arm loses in validation at each rate is given."""
+
+    def run(losses: dict[tuple[str, str], float | None], arms: str = "padding, wide, crossing") -> Ladder:
+        text = RATES.replace("  up: [", f"  best: {{arms: [{arms}], best: train.lr}}\n  up: [")
+        made = told(scores, text)
+        rows = []
+        for row in made.rows:
+            loss = losses.get((row.labels["arm"], row.labels["train.lr"]), 9.0)
+            train = row.train.model_copy(update={"validation_loss": loss})
+            better = 0.01 * ["1e-3", "3e-3", "9e-3"].index(row.labels["train.lr"])
+            rows.append(row.model_copy(update={"train": train, "average": row.average + better}))
+        report = Report(sweep="demo", baseline="padding", rows=tuple(rows), groups=made.groups, verdict=made.text)
+        (found,) = [one for one in ladder.climb(made.plan, report) if one.name == "best"]
+        return found
+
+    return run
+
+
+CHOSEN = {("padding", "3e-3"): 1.0, ("wide", "9e-3"): 2.0, ("crossing", "3e-3"): 3.0}
+
+
+def test_scores_choose_the_rate(best: Any) -> None:
+    """The highest rate scores best in every arm; where the loss is lowest is another matter."""
+    found = best(CHOSEN)
+    assert [rung.at["train.lr"] for rung in found.rungs] == ["3e-3", "9e-3", "3e-3"]
+    expected = [scores("padding", seed) + 0.01 for seed in range(1, 6)]
+    assert found.rungs[0].average == pytest.approx(math.fsum(expected) / 5)
+    assert found.setting == {}
+
+
+def test_a_rate_that_changes_is_not_said(best: Any) -> None:
+    found = best(CHOSEN)
+    assert "train.lr: 3e-3 -> 9e-3" in found.rungs[1].changes
+    notes = " ".join(ladder.notes([found]))
+    assert "more than one thing changes at `wide`" in notes
+    assert "best at an end of its grid: `wide`." in notes
+
+
+def test_an_arm_at_an_unknown_best_rate_is_told_at_another(best: Any) -> None:
+    found = best(CHOSEN | {("wide", "1e-3"): None})
+    assert found.seeds == ()
+    assert found.whole is None
+    assert found.rungs[1].at == {}
+
+
+def test_a_grid_of_one_value_asks_for_a_wider_one(best: Any) -> None:
+    found = best({("padding", "9e-3"): 1.0, ("packed", "3e-3"): 1.0}, "padding, packed")
+    assert [rung.at_end for rung in found.rungs] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("ladder_", "said"),
+    [
+        ("{arms: [padding, wide], best: data.max_length}", "none of the axes of the matrix: train.lr"),
+        ("{arms: [padding, wide], best: seed}", "none of the axes of the matrix: train.lr"),
+        ("{arms: [padding]}", "two or more arms"),
+        ("{arms: [padding, wide], worst: train.lr}", "two or more arms"),
+    ],
+)
+def test_a_ladder_over_no_axis_is_taken(ladder_: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(RATES.replace("  up: [", f"  best: {ladder_}\n  up: ["))
+    with pytest.raises(ConfigError, match=said) as caught:
+        sweepfile.load(file)
+    assert "sweep.yaml:" in str(caught.value)
+
+
+def test_a_list_in_exclude_drops_more_or_less_than_its_values(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(RATES)
+    labels = [labels for labels, _ in sweepfile.load(file).cells]
+    assert {label["train.lr"] for label in labels if label["arm"] == "packed"} == {"3e-3"}
+    assert {label["train.lr"] for label in labels if label["arm"] == "wide"} == {"1e-3", "3e-3", "9e-3"}
+    file.write_text(RATES.replace("train.lr: [1e-3, 9e-3]", "train.lr: [1e-3, 8e-3]"))
+    with pytest.raises(ConfigError, match=r"has no value `0\.008`"):
+        sweepfile.load(file)

@@ -4,13 +4,21 @@ A ladder is a list of arms (`ladders` of a sweep file), each of which differs in
 Every rung is paired by seed, over the seeds that all arms of the ladder have: so rungs add up to the whole, to the
 last digit. What a factor does hangs on what came before it; two ladders between the same ends, in other orders,
 show how much.
+
+A learning rate that suits small steps need not suit large ones. A ladder with `best: train.lr` takes each arm at
+the rate whose validation loss, a mean over seeds, is lowest: scores choose nothing, and losses of unlike arms are
+never compared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+from pydantic import Field
 
 from packcli.config import Spec
 from packcli.eval import stats
@@ -40,10 +48,13 @@ class Effect(Spec):
 class Rung(Spec):
     """An arm, `changes`: what differs from the one before it, `effect`: what that does. Both empty for the first.
 
+    `at`: the value of the ladder's `best` axis that it stands at; `at_end`: no value tried lies beyond it.
     `average`: mean score over the ladder's seeds; `steps`, `documents_per_step`: of its trainings.
     """
 
     arm: str
+    at: dict[str, str] = Field(default_factory=dict)
+    at_end: bool = False
     changes: tuple[str, ...]
     average: float | None
     steps: float | None
@@ -61,45 +72,87 @@ class Ladder(Spec):
     whole: Effect | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Stand:
+    """Where an arm of a ladder stands: its rows by seed, at one value of the ladder's `best` axis."""
+
+    rows: Mapping[str, Row]
+    at: dict[str, str]
+    at_end: bool = False
+
+
 def climb(plan: Plan, report: Report) -> tuple[Ladder, ...]:
     """Every ladder of the sweep in every setting, with p-values corrected over all of them."""
-    rows: dict[frozenset[tuple[str, str]], dict[tuple[str, str], Row]] = {}
-    for row in report.rows:
-        setting = frozenset(item for item in row.labels.items() if item[0] not in ("arm", "seed"))
-        rows.setdefault(setting, {})[row.labels["arm"], row.labels.get("seed", "")] = row
-    found = [
-        _ladder(name, arms, dict(sorted(setting)), own, plan)
-        for setting, own in rows.items()
-        for name, arms in plan.ladders.items()
-        if {arm for arm, _ in own} >= set(arms)  # `--only` or `exclude` may leave some out
-    ]
+    found = []
+    for name, spec in plan.ladders.items():
+        aside = {"arm", "seed", spec.best}
+        settings: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+        for row in report.rows:
+            setting = tuple(sorted(item for item in row.labels.items() if item[0] not in aside))
+            settings.setdefault(setting, []).append(row)
+        for setting, rows in settings.items():
+            own = {arm: [row for row in rows if row.labels["arm"] == arm] for arm in spec.arms}
+            if all(own.values()):  # `--only` or `exclude` may leave some out
+                stands = {arm: _stand(own[arm], spec.best) for arm in spec.arms}
+                found.append(_ladder(name, dict(setting), stands, plan))
     return _corrected(found)
 
 
-def _ladder(
-    name: str, arms: tuple[str, ...], setting: dict[str, str], rows: Mapping[tuple[str, str], Row], plan: Plan
-) -> Ladder:
-    seeds = dict.fromkeys(seed for _, seed in rows)
-    scores = {(arm, seed): row.average for (arm, seed), row in rows.items() if row.average is not None}
-    complete = tuple(seed for seed in seeds if all((arm, seed) in scores for arm in arms))
-    orders = {arm: plan.trains[row.ids["train"]] for (arm, _), row in rows.items()}
-    of = {arm: [scores[arm, seed] for seed in complete] for arm in arms}
+def _stand(rows: Sequence[Row], best: str | None) -> _Stand:
+    """The rows of one arm, where `best` names an axis those at its best value, over the seeds all values have."""
+    values: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        values.setdefault(row.labels[best] if best else "", {})[row.labels.get("seed", "")] = row
+    if best is None:
+        return _Stand(values[""], {})
+    losses = {
+        value: {seed: row.train.validation_loss for seed, row in own.items() if row.train}
+        for value, own in values.items()
+    }
+    seeds = [
+        seed for seed in next(iter(losses.values())) if all(own.get(seed) is not None for own in losses.values())
+    ]
+    if not seeds:
+        return _Stand({}, {})
+    means = {value: math.fsum(own[seed] or 0.0 for seed in seeds) / len(seeds) for value, own in losses.items()}
+    chosen = min(means, key=means.__getitem__)
+    return _Stand(values[chosen], {best: chosen}, len(values) > 1 and chosen in _ends(list(values)))
+
+
+def _ends(values: Sequence[str]) -> tuple[str, ...]:
+    """The least and the greatest number; values that are no numbers have no ends."""
+    try:
+        ordered = sorted(values, key=float)
+    except ValueError:
+        return ()
+    return ordered[0], ordered[-1]
+
+
+def _ladder(name: str, setting: dict[str, str], stands: Mapping[str, _Stand], plan: Plan) -> Ladder:
+    scores = {
+        arm: {seed: row.average for seed, row in stand.rows.items() if row.average is not None}
+        for arm, stand in stands.items()
+    }
+    seeds = tuple(seed for seed in next(iter(scores.values())) if all(seed in own for own in scores.values()))
+    of = {arm: [own[seed] for seed in seeds] for arm, own in scores.items()}
     rungs = []
-    for before, arm in zip((None, *arms), arms, strict=False):
-        own = [row for (other, _), row in rows.items() if other == arm]
-        changes = _changes(orders[before], orders[arm]) if before in orders and arm in orders else []
+    for before, arm in zip((None, *stands), stands, strict=False):
+        stand = stands[arm]
         rungs.append(
             Rung(
                 arm=arm,
-                changes=tuple(changes),
-                average=sum(of[arm]) / len(complete) if complete else None,
-                steps=_mean([row.train.steps for row in own if row.train]),
-                documents_per_step=_mean([_documents_per_step(row) for row in own]),
-                effect=_effect(of[before], of[arm]) if before is not None and complete else None,
+                at=stand.at,
+                at_end=stand.at_end,
+                changes=_changes(stands[before], stand, plan) if before is not None else (),
+                average=sum(of[arm]) / len(seeds) if seeds else None,
+                steps=_mean([row.train.steps for row in stand.rows.values() if row.train]),
+                documents_per_step=_mean([_documents_per_step(row) for row in stand.rows.values()]),
+                effect=_effect(of[before], of[arm]) if before is not None and seeds else None,
             )
         )
-    whole = _effect(of[arms[0]], of[arms[-1]]) if complete else None
-    return Ladder(name=name, setting=setting, seeds=complete, rungs=tuple(rungs), whole=whole)
+    ends = list(of.values())
+    whole = _effect(ends[0], ends[-1]) if seeds else None
+    return Ladder(name=name, setting=setting, seeds=seeds, rungs=tuple(rungs), whole=whole)
 
 
 def _documents_per_step(row: Row) -> float | None:
@@ -146,9 +199,9 @@ def _corrected(ladders: list[Ladder]) -> tuple[Ladder, ...]:
 
 def _keys(ladder: Ladder) -> list[tuple[Any, ...]]:
     """What each rung compares, then the whole."""
-    arms = [rung.arm for rung in ladder.rungs]
-    pairs = [*zip(["", *arms], arms, strict=False), (arms[0], arms[-1])]
-    return [(*sorted(ladder.setting.items()), ladder.seeds, *pair) for pair in pairs]
+    arms = [(rung.arm, *sorted((ladder.setting | rung.at).items())) for rung in ladder.rungs]
+    pairs = [*zip([(), *arms], arms, strict=False), (arms[0], arms[-1])]
+    return [(ladder.seeds, *pair) for pair in pairs]
 
 
 def _effects(ladder: Ladder) -> list[tuple[tuple[Any, ...], Effect]]:
@@ -170,17 +223,21 @@ _FACTORS = {
 """What a rung varies, and the fields of an arm that say it. `pad_to` is none: padding changes no result."""
 
 
-def _changes(before: TrainOrder, after: TrainOrder) -> list[str]:
+def _changes(before: _Stand, after: _Stand, plan: Plan) -> tuple[str, ...]:
     """Each factor that differs, `attention: document -> causal`."""
-    batches = [_batch(before), _batch(after)]
+    if not (before.rows and after.rows):
+        return ()
+    old, new = (plan.trains[next(iter(stand.rows.values())).ids["train"]] for stand in (before, after))
+    batches = [_batch(old), _batch(new)]
     found = [f"batch: {batches[0]} -> {batches[1]}"] if batches[0] != batches[1] else []
+    found += [f"{axis}: {before.at[axis]} -> {at}" for axis, at in after.at.items() if before.at[axis] != at]
     for factor, fields in _FACTORS.items():
-        pairs = [(getattr(before.arm, name), getattr(after.arm, name)) for name in fields]
+        pairs = [(getattr(old.arm, name), getattr(new.arm, name)) for name in fields]
         unlike = [(name, *pair) for name, pair in zip(fields, pairs, strict=True) if pair[0] != pair[1]]
         if unlike:
-            told = [f"{name} {_said(old)} -> {_said(new)}" for name, old, new in unlike]
+            told = [f"{name} {_said(one)} -> {_said(other)}" for name, one, other in unlike]
             found.append(f"{factor}: {', '.join(told).removeprefix(f'{factor} ')}")
-    return found
+    return tuple(found)
 
 
 def _batch(order: TrainOrder) -> str:
@@ -218,7 +275,7 @@ def sheets(ladders: Sequence[Ladder]) -> list[Sheet]:
 
 def _row(rung: Rung) -> list[Cell]:
     return [
-        Cell(plain(rung.arm)),
+        Cell("\n".join([plain(rung.arm), *(f"at {name} {value}" for name, value in rung.at.items())])),
         Cell(words.percent(rung.average)),
         *_effect_cells(rung.effect),
         Cell(words.count(rung.steps)),
@@ -254,6 +311,14 @@ def notes(ladders: Sequence[Ladder]) -> list[str]:
     if several:
         arms = words.listed(list(dict.fromkeys(several)))
         lines.append(f"more than one thing changes at {arms}: such a rung tells what they do together.")
+    if axes := dict.fromkeys(axis for ladder in ladders for rung in ladder.rungs for axis in rung.at):
+        lines.append(
+            f"at {words.listed(list(axes))}: each arm at the value with its lowest validation loss, mean over "
+            "seeds. Scores chose nothing. That other seeds might choose another value is in no interval."
+        )
+    if ends := [f"`{rung.arm}`" for ladder in ladders for rung in ladder.rungs if rung.at_end]:
+        arms = words.listed(list(dict.fromkeys(ends)))
+        lines.append(f"best at an end of its grid: {arms}. A wider grid may move these rungs.")
     if thin := [ladder.name for ladder in ladders if len(ladder.seeds) < 2]:
         names = words.listed(list(dict.fromkeys(thin)))
         lines.append(f"no interval for {names}: it takes two seeds that are scored in every arm.")

@@ -62,8 +62,12 @@ def _waterfall(axes: Axes, ladder: Ladder) -> None:
     last = len(ladder.rungs)
     axes.bar(last, level, color=_END, width=0.7)
     axes.annotate(f"{level:.1f}", (last, level), xytext=(0, 3), textcoords="offset points", ha="center")
-    names = [ladder.rungs[0].arm, *(f"+ {rung.arm}" for rung in ladder.rungs[1:]), ladder.rungs[-1].arm]
-    axes.set_xticks(range(last + 1), [plain(name).replace("_", "_\n") for name in names], fontsize=7)
+    names = [
+        "\n".join([("+ " if place else "") + plain(rung.arm).replace("_", "_\n"), *rung.at.values()])
+        for place, rung in enumerate(ladder.rungs)
+    ]
+    names.append(plain(ladder.rungs[-1].arm).replace("_", "_\n"))
+    axes.set_xticks(range(last + 1), names, fontsize=7)
     axes.axhline(0, color=_GREY, linewidth=0.8)
 
 
