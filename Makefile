@@ -6,7 +6,7 @@ RUNS ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup reproduce test test-slow test-slurm soak check clean
+.PHONY: setup reproduce attribution test test-slow test-slurm soak check clean
 
 setup: $(VENV)/.installed
 
@@ -20,6 +20,11 @@ $(VENV)/.installed: pyproject.toml $(wildcard $(CONSTRAINTS))
 
 reproduce: setup
 	@$(BIN)/packcli sweep $(SWEEP) --runs $(RUNS)
+
+# Which of the things that packing changes does it: on the toy, one at a time, ten seeds (docs/why.md).
+attribution: setup
+	@$(BIN)/packcli sweep sweeps/attribution_tiny.yaml --runs $(RUNS)
+	@$(BIN)/packcli report sweeps/attribution_tiny.yaml --runs $(RUNS) --format ladder --figures figures
 
 test: setup
 	@$(BIN)/python -m pytest -n 2

@@ -23,7 +23,15 @@ from packcli.store import Store
 
 REPO = Path(__file__).resolve().parents[1]
 SWEEPS = REPO / "sweeps"
-NEED_NO_DATA = ("llama3_8b", "llama3_70b", "llama3_8b_apart", "controls_8b", "long_context", "boundary_tokens")
+NEED_NO_DATA = (
+    "llama3_8b",
+    "llama3_70b",
+    "llama3_8b_apart",
+    "controls_8b",
+    "long_context",
+    "boundary_tokens",
+    "attribution",
+)
 Run = Callable[..., Done]
 
 
