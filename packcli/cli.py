@@ -583,8 +583,8 @@ def status(
 def report(
     sweep: SweepFile,
     format_: Annotated[
-        Format, typer.Option("--format", help="table, md, csv, latex, json, html, ladder.")
-    ] = "table",
+        Format | None, typer.Option("--format", help="table (if not given), md, csv, latex, json, html, ladder.")
+    ] = None,
     against: Annotated[
         Literal["paper"] | None, typer.Option("--against", help='Beside what "Packing Analysis" printed.')
     ] = None,
@@ -602,10 +602,15 @@ def report(
     json: Json = False,
 ) -> None:
     """Print the comparison table of what has run so far."""
+    if json and format_ not in (None, "json"):
+        raise ConfigError(f"`--json` and `--format {format_}` ask for two documents", "give one of them")
     with _no_garbage() as kept:
         plan, store = _open(sweep, set_, only, runs)
         kept.append(plan)
-        collected = _report(plan, store, "json" if json else format_, against=against, everything=all_)
+        if store.begun().isdisjoint(plan.stages()):
+            log.logger.warning("warning: nothing of `%s` has run in `%s` (see --runs)", plan.name, store.root)
+        shown: Format = "json" if json else format_ or "table"
+        collected = _report(plan, store, shown, against=against, everything=all_)
         kept.append(collected)
     if figures is not None:
         from packcli.report import figures as drawing

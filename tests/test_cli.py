@@ -216,6 +216,18 @@ def test_a_run_directory_that_is_a_file_is_no_traceback(run_cli: Run, prepared: 
     assert_refused(run_cli(command, "sweep.yaml", "--runs", "sweep.yaml", cwd=prepared), 2, "is a file")
 
 
+def test_a_report_of_nothing_is_mistaken_for_one_of_a_sweep(run_cli: Run, prepared: Path) -> None:
+    done = run_cli("report", "sweep.yaml", "--runs", "rnus", cwd=prepared)
+    assert done.code == 0
+    assert "warning: nothing of `all_arms` has run in `rnus`" in done.stderr
+    assert "warning" not in run_cli("report", "sweep.yaml", cwd=prepared).stderr
+
+
+def test_one_of_two_formats_is_dropped_in_silence(run_cli: Run, prepared: Path) -> None:
+    assert_refused(run_cli("report", "sweep.yaml", "--format", "md", "--json", cwd=prepared), 2, "two documents")
+    assert run_cli("report", "sweep.yaml", "--format", "json", "--json", cwd=prepared).json()["rows"]
+
+
 def test_a_finished_run_directory_that_cannot_be_written_is_still_read(prepared: Path) -> None:
     """As root no directory is read-only, so the store is asked directly."""
     from packcli.errors import ConfigError
