@@ -399,9 +399,10 @@ def _same_tokenizer(store: Store, source: Manifest, base: Manifest) -> None:
 
 
 def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
-    """What is known to fail before anything runs: models no config describes, benchmark files not there.
+    """What is known to fail before anything runs: models no config describes, benchmark files not there, answers
+    for which a model has no room.
 
-    The first kind is raised, because nothing could be trained; the second returned: the rest can run.
+    The first kind is raised, because nothing could be trained; the others returned: the rest can run.
 
     Raises:
         ConfigError: `model.config` makes no model, or its context is shorter than the rows.
@@ -413,11 +414,12 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
     asked = {
         (digest(config), order.max_length): config for order in todo if (config := order.model.config) is not None
     }
+    room: dict[str, int | None] = {}
     if asked:
         from packcli.model import configs
 
-        for (_, max_length), config in asked.items():
-            configs.check_context(configs.build(config), max_length)
+        for (model, max_length), config in asked.items():
+            room[model] = configs.check_context(configs.build(config), max_length)
     if any(order.train.lora for order in todo):
         from packcli.model import lora
 
@@ -426,6 +428,9 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
     for order in plan_.evals.values():
         try:
             scoring.check_files(order.task, order.eval)
+            config = plan_.trains[order.train].model.config if room else None
+            if config is not None and (context := room.get(digest(config))) is not None:
+                scoring.check_room(order.task, order.eval, context)
         except PackcliError as error:
             missing[order.task] = error
     return list(missing.values())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import chat_records, write_lines
 
-from packcli import fingerprints, stages
+from packcli import fingerprints, stages, sweepfile
 from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
 from packcli.eval.harness import Harness, ScoredTask, TaskResult
@@ -167,3 +167,16 @@ def test_an_error_knows_its_exit_code_in_another_process() -> None:
         assert (again.cause, again.fix, again.exit_code) == ("cause", "fix", kind.exit_code)
     codes = sorted(kind.exit_code for kind in PackcliError.__subclasses__())
     assert codes == [2, 3, 4, 5, 6, 7, 75, 130]
+
+
+def test_a_task_with_no_room_for_its_answers_is_told_after_training(
+    tiny_sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tiny_sweep(
+        model={"config": {"model_type": "llama", "max_position_embeddings": 128}},
+        eval={"tasks": ["tiny_copy", "needle_4k"]},
+    )
+    planned = stages.make_plan(sweepfile.load(path), Store(tmp_path / "runs"))
+    told = stages.preflight(planned, Store(tmp_path / "runs"))
+    assert [str(one) for one in told] == ["task `needle_4k` fills 4096 tokens, this model holds 128"]

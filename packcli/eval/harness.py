@@ -148,7 +148,7 @@ class Harness:
 
         packaged = protocol.load(task).asked(chat_template=self._spec.chat_template)
         with engine.quiet():
-            engine.check_room(packaged, lm)
+            engine.check_room(packaged, lm.max_length)
             built = self._task(packaged, lm)
             asked = Recorded(lm, *kept, self._tell) if kept else lm
             scores = evaluate(

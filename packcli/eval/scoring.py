@@ -12,6 +12,7 @@ from typing import Any
 
 from packcli.config import EvalSpec, SourceSpec
 from packcli.eval import protocol
+from packcli.eval.engines import engine
 from packcli.eval.harness import Harness
 from packcli.eval.judge import tasks as judged
 from packcli.eval.probe import probes
@@ -58,6 +59,17 @@ def check_files(task: str, spec: EvalSpec) -> None:
             protocol.check_files(task, Path(spec.bench_data) if spec.bench_data else None)
         case "judged":
             judged.check_files(task, spec)
+        case "probes":
+            pass
+
+
+def check_room(task: str, spec: EvalSpec, context: int) -> None:
+    """Raise ConfigError where an answer, or the text of a long task, fills a model of so many positions."""
+    match protocol.kind(task):
+        case "benchmark":
+            engine.check_room(protocol.load(task), context)
+        case "judged":
+            judged.check_room(task, spec, context)
         case "probes":
             pass
 

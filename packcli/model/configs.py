@@ -90,11 +90,16 @@ def check_kind(config: Any, source: str) -> None:
         )
 
 
-def check_context(config: Any, max_length: int) -> None:
-    """Raise `ConfigError` when the model has positions for fewer tokens than a row may hold."""
+def check_context(config: Any, max_length: int) -> int | None:
+    """Tokens that the model has positions for; None where its config does not say.
+
+    Raises:
+        ConfigError: fewer than a row may hold.
+    """
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < max_length:
         raise ConfigError(
             f"the model has positions for {context:,} tokens, `data.max_length` is {max_length:,}",
             f"set `data.max_length` to at most {context}",
         )
+    return context

@@ -83,21 +83,22 @@ def identity(engine: Engine) -> str:
     return " ".join([engine, *(f"{package} {_version(package)}" for package in packages)])
 
 
-def check_room(packaged: Task, lm: Any) -> None:
-    """Raise ConfigError where an answer alone would fill the model's context; lm-eval asserts it mid-run."""
-    if packaged.length is not None and packaged.length > lm.max_length:
+def check_room(packaged: Task, context: int) -> None:
+    """Raise ConfigError where a text or answer alone would fill a context of so many tokens; lm-eval asserts it
+    mid-run."""
+    if packaged.length is not None and packaged.length > context:
         raise ConfigError(
-            f"task `{packaged.name}` fills {packaged.length} tokens, this model holds {lm.max_length}",
+            f"task `{packaged.name}` fills {packaged.length} tokens, this model holds {context}",
             "take a shorter one, or leave it out for this model",
         )
-    check_answer_fits(packaged.name, packaged.config.get("generation_kwargs", {}).get("max_gen_toks", 0), lm)
+    check_answer_fits(packaged.name, packaged.config.get("generation_kwargs", {}).get("max_gen_toks", 0), context)
 
 
-def check_answer_fits(task: str, num_tokens: int, lm: Any) -> None:
+def check_answer_fits(task: str, num_tokens: int, context: int) -> None:
     """Raise ConfigError where an answer of so many tokens would fill the model's context."""
-    if num_tokens >= lm.max_length:
+    if num_tokens >= context:
         raise ConfigError(
-            f"task `{task}` writes up to {num_tokens} tokens, this model holds {lm.max_length} in all",
+            f"task `{task}` writes up to {num_tokens} tokens, this model holds {context} in all",
             "leave this task out for this model",
         )
 

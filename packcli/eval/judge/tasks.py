@@ -141,6 +141,11 @@ def _answer_tokens(task: str, judge: JudgeSpec | None) -> int:
     return (judge.max_answer_tokens if judge else None) or _ANSWER_TOKENS[task]
 
 
+def check_room(task: str, spec: EvalSpec, context: int) -> None:
+    """Raise ConfigError where an answer alone would fill a model of so many positions."""
+    engine.check_answer_fits(task, _answer_tokens(task, spec.judge), context)
+
+
 def _judge(spec: EvalSpec) -> JudgeSpec:
     assert spec.judge is not None, "`require` comes first"
     return spec.judge
@@ -223,7 +228,7 @@ class _Answers:
         self._num_truncated = 0
         self._written: dict[str, list[str]] = {}
         self._chats: dict[str, Chat] = {}
-        engine.check_answer_fits(task, self._limit, lm)
+        check_room(task, spec, lm.max_length)
 
     def write(self, questions: Sequence[_Question]) -> dict[str, list[str]]:
         """One answer for each turn of each question, by its id; white space around it is cut off."""
