@@ -667,6 +667,38 @@ def fetch_(
     console.finish([item.error for item in items if item.error])
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", show_default=False, help="A YAML of TRL, axolotl or LLaMA-Factory.")
+    ],
+    from_: Annotated[
+        Literal["trl", "axolotl", "llamafactory"] | None,
+        typer.Option("--from", help="Whose file it is. [default: seen by its keys]"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="SWEEP", help="The sweep file to write.")] = Path(
+        "sweep.yaml"
+    ),
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", min=1, help="That train together; no file says it.")
+    ] = None,
+    toy: Annotated[
+        bool, typer.Option("--try", help="With packcli's toy model and chats instead of its own: for a laptop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make a sweep of another trainer's configuration, and say what became of each of its keys."""
+    from packcli.importers import convert
+
+    imported = convert.convert(file, from_, processes, toy=toy)
+    written = convert.write(imported, out)
+    if json:
+        console.print_json(imported.document(out))
+        return
+    for line in convert.lines(imported, out, written):
+        typer.echo(log.plain(line))
+
+
 def _report(
     plan: Plan, store: Store, format_: Format, *, against: Literal["paper"] | None = None, everything: bool = False
 ) -> Report:

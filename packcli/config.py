@@ -260,6 +260,7 @@ class LoraSpec(Spec):
 
 
 Tracker = Literal["tensorboard", "wandb"]
+Trainer = Literal["packcli", "trl"]
 
 
 class TrainSpec(Spec):
@@ -268,7 +269,10 @@ class TrainSpec(Spec):
     steps              0: the model is scored as it comes; nothing else need be said here.
     lr_rule            fixed: `lr` as it is. sqrt, linear: `lr` is meant for steps of `reference_batch`
                        conversations and grows as the root of, or with, the number this run's steps really hold.
+    warmup_steps       instead of `warmup_ratio`: so many.
     optimizer_state    bfloat16: AdamW's two moments at half the memory, rounded stochastically.
+    backend            who trains: packcli, or TRL on the same rows (docs/coming_from.md).
+    backend_python     the Python that has TRL; unset: PACKCLI_TRL_PYTHON, else this one.
     ranks              micro-batches are cut as for so many processes, however many there are. It enters an id only
                        where the cut changes the result: `loss: micro_batch`, `pad_to: longest`.
     nodes              of a cluster that train it together; unset: as the profile says. No node enters an id.
@@ -288,6 +292,7 @@ class TrainSpec(Spec):
     reference_batch: PositiveInt | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.0
+    warmup_steps: NonNegativeInt | None = None
     global_batch: PositiveInt
     batch_unit: BatchUnit = "rows"
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -295,7 +300,9 @@ class TrainSpec(Spec):
     clip: PositiveFloat | None = 1.0
     optimizer_state: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSpec | None = None
+    backend: Trainer = "packcli"
 
+    backend_python: str | None = None
     micro_batch: PositiveInt = 1
     ranks: PositiveInt = 1
     nodes: PositiveInt | None = None
@@ -323,6 +330,8 @@ class TrainSpec(Spec):
     def _one_budget(self) -> Self:
         if sum(budget is not None for budget in (self.epochs, self.steps, self.tokens)) != 1:
             raise ValueError("give exactly one of `epochs`, `steps`, `tokens`")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError("give `warmup_steps` or `warmup_ratio`, not both")
         if (self.lr_rule == "fixed") != (self.reference_batch is None):
             raise ValueError(
                 "`lr_rule: sqrt` and `linear` need `reference_batch` (conversations a step), `fixed` has none"
@@ -332,6 +341,7 @@ class TrainSpec(Spec):
 
 TRAIN_EXECUTION_KEYS = frozenset(
     {
+        "backend_python",
         "micro_batch",
         "ranks",
         "nodes",

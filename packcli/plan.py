@@ -232,6 +232,13 @@ def plan(spec: SweepSpec, fingerprints: Fingerprints) -> Plan:
     )
 
 
+def _unsaid(train: TrainSpec) -> set[str]:
+    """Keys younger than some stores: at their defaults they are in no id."""
+    return {
+        key for key in ("warmup_steps", "backend") if getattr(train, key) == TrainSpec.model_fields[key].default
+    }
+
+
 class _Builder:
     """Collects orders by id while cells are resolved."""
 
@@ -290,7 +297,7 @@ class _Builder:
             "version": VERSIONS["train"],
             "index": index.id,
             "model": self._weights(model, base),
-            "train": train.model_dump(exclude=set(TRAIN_EXECUTION_KEYS)),
+            "train": train.model_dump(exclude={*TRAIN_EXECUTION_KEYS, *_unsaid(train)}),
             "arm": arm.model_dump(include={"attention", "positions", "loss"}),
             # Only the released code's loss depends on how a step is cut into micro-batches.
             "micro_batches": [train.micro_batch, train.ranks] if arm.loss == "micro_batch" else None,

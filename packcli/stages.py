@@ -201,7 +201,7 @@ def train(
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
         verify(store.final(order.base))
-    from packcli.train import burnin, distributed, faults, loop
+    from packcli.train import burnin, distributed, faults, loop, trl
 
     provenance: dict[str, Any] = {}
 
@@ -209,15 +209,12 @@ def train(
         with faults.peers():
             if burn_in and distributed.world_size() > distributed.per_node():
                 provenance["burn_in"] = burnin.run(order, nodes)
-            return loop.train(
-                order,
-                store,
-                stop_token_ids=source.results["stop_token_ids"],
-                files=source.results["files"],
-                shards=source.results["shards"],
-                note=note,
-                fallback=fallback,
-            )
+            prepared = {key: source.results[key] for key in ("stop_token_ids", "files", "shards")}
+            match order.train.backend:
+                case "packcli":
+                    return loop.train(order, store, **prepared, note=note, fallback=fallback)
+                case "trl":
+                    return trl.train(order, store, **prepared, note=note)
 
     if distributed.rank() == 0:
         with store.writing("train", order.id):
@@ -405,8 +402,9 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
     The first kind is raised, because nothing could be trained; the others returned: the rest can run.
 
     Raises:
-        ConfigError: `model.config` makes no model, or its context is shorter than the rows.
-        MissingError: `train.lora` without peft.
+        ConfigError: `model.config` makes no model, or its context is shorter than the rows; an arm that
+            `train.backend` cannot train.
+        MissingError: `train.lora` without peft, `train.backend: trl` without TRL.
     """
     states = store.states(("train", id_) for id_ in plan_.trains)
     todo = [order for id_, order in plan_.trains.items() if states["train", id_] != "done"]
@@ -424,6 +422,11 @@ def preflight(plan_: Plan, store: Store) -> list[PackcliError]:
         from packcli.model import lora
 
         lora.require()
+    if any(order.train.backend == "trl" for order in todo):
+        from packcli.train import trl_terms
+
+        for training in todo:
+            trl_terms.check(training)
     missing: dict[str, PackcliError] = {}
     for order in plan_.evals.values():
         try:

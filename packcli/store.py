@@ -233,6 +233,10 @@ class Store:
         """What a checkpoint keeps beside the tensors."""
         return checkpoint / "progress.json"
 
+    def handed_over(self, train: str) -> Path:
+        """What another trainer is given, and leaves, while it trains: gone when the stage is done."""
+        return self.directory("train", train) / "handed_over"
+
     def final(self, train: str) -> Path:
         return self.directory("train", train) / "final"
 

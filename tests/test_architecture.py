@@ -45,6 +45,7 @@ RANKS = {
     "fingerprints": 7,
     "stages": 7,
     "report": 8,
+    "importers": 8,
     "launch": 9,
     "views": 10,
     "evaluation": 10,

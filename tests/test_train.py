@@ -269,13 +269,12 @@ def test_ranks_have_equally_many_micro_batches_and_share_all_rows(rows: int, wor
     assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(rows))
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.2}, {"warmup_steps": 10}])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_learning_rates_are_those_of_transformers(schedule: str) -> None:
+def test_learning_rates_are_those_of_transformers(schedule: str, warmup: dict[str, float]) -> None:
     from transformers import get_scheduler
 
-    spec = TrainSpec.model_validate(
-        {"steps": 50, "lr": 0.3, "global_batch": 1, "schedule": schedule, "warmup_ratio": 0.2}
-    )
+    spec = TrainSpec.model_validate({"steps": 50, "lr": 0.3, "global_batch": 1, "schedule": schedule, **warmup})
     adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     theirs = get_scheduler(name, adamw, num_warmup_steps=10, num_training_steps=50)

@@ -97,7 +97,7 @@ def train(
         marks = framed.marks(arm.boundary, lambda: tokenizer)
         weighting = loss.weighting(arm.loss, rows, indexes.Labels(framed.Framed(tokens, marks)))
         pad_id = tokenizer.pad_token_id or 0
-        arithmetic = _arithmetic(order, store, rows, steps)
+        arithmetic = arithmetic_of(order, store, rows, steps)
         note(0, len(steps), arithmetic.text())
 
         # Model ----------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def train(
         if processes.is_main:
             if found is not None:
                 logger.info("goes on from step %s of %s", f"{progress.step:,}", f"{len(steps):,}")
-            _write_config(order, store)
+            write_config(order, store)
             _truncate_metrics(store, order.id, progress.step)
         processes.barrier()
 
@@ -182,7 +182,7 @@ def train(
                 alive()
 
         # Results --------------------------------------------------------------------------------------
-        validation = _validation_loss(trainee, order, store, tokens, pad_id, processes)
+        validation = validation_loss(trainee, order, store, tokens, pad_id, processes)
         _save(trainee, order, store, tokenizer, stop_token_ids, processes)
         checkpoints.clear()
         if not processes.is_main:
@@ -205,7 +205,8 @@ def train(
         }
 
 
-def _arithmetic(order: TrainOrder, store: Store, rows: Index, steps: list[Ints]) -> StepArithmetic:
+def arithmetic_of(order: TrainOrder, store: Store, rows: Index, steps: list[Ints]) -> StepArithmetic:
+    """What a step of this run holds."""
     prepared = store.manifest("index", order.index)
     assert prepared is not None  # `stages.train` saw it
     slots = estimate.row_slots(rows.filled, order.arm, order.max_length, prepared.results["ledger"])
@@ -356,13 +357,14 @@ def _truncate_metrics(store: Store, train_id: str, step: int) -> None:
             file.write(json_line(record))
 
 
-def _write_config(order: TrainOrder, store: Store) -> None:
+def write_config(order: TrainOrder, store: Store) -> None:
+    """`config.yaml`."""
     text = yaml.safe_dump(order.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with atomic_write(store.config(order.id)) as file:
         file.write(b"# What this run resolved to, every value written out.\n" + text.encode())
 
 
-def _validation_loss(
+def validation_loss(
     model: Trainee, order: TrainOrder, store: Store, tokens: Tokens, pad_id: int, processes: Processes
 ) -> float | None:
     """Token mean over the held-out documents, each alone and plainly truncated: comparable between all arms.

@@ -101,7 +101,7 @@ def lr_at(step: int, steps: int, peak: float, train: TrainSpec) -> float:
     The schedules of transformers (`get_cosine_schedule_with_warmup` and its kin), so that equal settings mean
     equal runs: warm-up takes ceil(warmup_ratio x steps) updates and starts at 0.
     """
-    warmup = math.ceil(train.warmup_ratio * steps)
+    warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * steps)
     if step < warmup:
         return peak * step / max(1, warmup)
     progress = (step - warmup) / max(1, steps - warmup)

@@ -1,0 +1,136 @@
+"""A trainer's YAML file, and what becomes of each of its keys: exactly one thing, so that none is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from packcli.errors import ConfigError
+from packcli.yamlfile import KeyPath, Lines, parse
+
+Fate = Literal["carried", "changed", "not_carried", "no_effect"]
+"""In the sweep as it was; in the sweep, meaning something else; not in the sweep, though it changes what is
+trained; of no matter to what is trained."""
+
+DOCS = "docs/coming_from.md"
+_SECRET = re.compile(r"(hub_token|auth_token|api_key|secret|password|webhook_url|experiment_key)$")
+_SHOWN = 60
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", "no", "None", [], {})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What became of one key. `line`: in the file, from 1. `to`: keys of the sweep that hold it now.
+
+    `why` and `do` are one line each: why it is not simply carried, and what one can do about it.
+    """
+
+    key: str
+    line: int
+    value: str
+    fate: Fate
+    to: tuple[str, ...] = ()
+    why: str = ""
+    do: str = ""
+
+
+class Source:
+    """The file as plain data with the lines of its keys, and the entries made of it so far.
+
+    Raises:
+        ConfigError: it is missing, or not a YAML mapping.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"no file `{path}`", f"give a trainer's YAML file; see {DOCS}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read `{path}`: {error}", "a trainer's YAML in UTF-8 is expected") from None
+        self.path = path
+        self._document, self._lines = parse(text, str(path), DOCS)
+        self._entries: dict[KeyPath, Entry] = {}
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of the first level; those without a value too."""
+        return frozenset(map(str, self._document))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key (`datasets.0.path`); `default` where there is none, or it is empty."""
+        value: Any = self._document
+        for part in key.split("."):
+            if isinstance(value, dict):
+                value = value.get(part)
+            elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                value = None
+        return default if value is None or value == "" else value
+
+    def at(self, key: str) -> str:
+        """`file.yaml:12`, of a key that is there."""
+        return f"{self.path.name}:{self._lines[tuple(key.split('.'))]}"
+
+    def mark(
+        self, key: str, fate: Fate, *, to: tuple[str, ...] = (), why: str = "", do: str = "", once: bool = True
+    ) -> None:
+        """Say what becomes of a key and all below it; nothing is said of one that is not in the file.
+
+        `once`: False leaves what was said before; else saying two things is a bug.
+        """
+        path = tuple(key.split("."))
+        if path not in self._lines:
+            return
+        if path in self._entries:
+            if once:
+                raise RuntimeError(f"`{key}` is dealt with twice")
+            return
+        self._entries[path] = Entry(key, self._lines[path], self._shown(path), fate, to, why, do)
+
+    def off(self, key: str) -> bool:
+        """Whether the key is there and says that something is not used."""
+        value = self.get(key)
+        return tuple(key.split(".")) in self._lines and any(value is off or value == off for off in _OFF)
+
+    def entries(self, unknown: str) -> list[Entry]:
+        """Every key once, in the order of the file; `unknown`: what is said of one that nobody dealt with."""
+        for path in _leaves(self._document, ()):
+            if any(path[:depth] in self._entries for depth in range(1, len(path) + 1)):
+                continue
+            key = ".".join(path)
+            if self.get(key) is None:
+                self.mark(key, "no_effect", why="it has no value")
+            else:
+                self.mark(
+                    key, "not_carried", why=unknown, do="look up what it does; if it matters, say so by hand"
+                )
+        return sorted(self._entries.values(), key=lambda entry: (entry.line, entry.key))
+
+    def _shown(self, path: KeyPath) -> str:
+        """A value on one line; never one that may be a password."""
+        if _SECRET.search(path[-1]):
+            return "(hidden)"
+        value = self.get(".".join(path))
+        texts: Lines = self._lines
+        text = texts.texts.get(path) or ("" if value is None else orjson.dumps(value, default=str).decode())
+        text = " ".join(text.split())
+        return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Paths of all values, lists of plain values as one."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, str(index)))
+    elif path:
+        yield path
