@@ -42,6 +42,7 @@ OPTIONS = {
     "status": SELECTING,
     "report": SELECTING | {"--format", "--figures", "--against", "--all", "--strict"},
     "verify": {"--help"},
+    "import-config": {"--from", "--out", "--processes", "--try", "--json", "--help"},
 }
 
 
