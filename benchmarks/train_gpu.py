@@ -218,11 +218,11 @@ def _large(tiny: bool) -> list[Record]:
 
 
 def _small(tiny: bool, state: str) -> list[Record]:
-    from packcli.config import ARMS
+    from packcli.config import ARMS, LENGTHS_ALONE
 
     other = "bfloat16" if state == "float32" else "float32"
-    fixed = [name for name in ARMS if ARMS[name]["pad_to"] == "max_length" and name != "best_fit"]
-    changing = [name for name in ARMS if ARMS[name]["pad_to"] != "max_length"]
+    fixed = [name for name in LENGTHS_ALONE if ARMS[name]["pad_to"] == "max_length" and name != "best_fit"]
+    changing = [name for name in LENGTHS_ALONE if ARMS[name]["pad_to"] != "max_length"]
     return [
         _run("best_fit", "best_fit", tiny, 10, warmup=2),
         *(_run(name, name, tiny, 4) for name in fixed),

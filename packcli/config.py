@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -25,6 +26,8 @@ NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
 
 BatchUnit = Literal["rows", "documents", "tokens"]
 Loss = Literal["token", "document", "row", "micro_batch"]
+GROUPINGS = ("none", "similarity", "adversarial", "near_duplicates")
+"""The words of `group_by`; any other is the name of a field."""
 Packer = Literal["none", "concat", "next_fit_decreasing", "first_fit_decreasing", "shuffled_first_fit", "best_fit"]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,6 +69,7 @@ class LayoutSpec(Spec):
     repack_each_epoch: bool
     validation_after_packing: bool
     boundary: Literal["none", "eos", "bos_eos"] = "none"  # as in stores that were made before there was a choice
+    group_by: Annotated[str, Field(pattern=NAME_PATTERN)] = "none"
 
 
 class ArmSpec(LayoutSpec):
@@ -91,6 +95,9 @@ class ArmSpec(LayoutSpec):
     validation_after_packing  hold out rows, not documents; its loss compares to no other arm's.
     boundary        tokens put around each document, never trained on: eos after it; bos before it as well. Where
                     it ends (begins) with that token already, none is added.
+    group_by        who shares a row. none: chance. A field of the records that `data.fields` keeps: those that say
+                    the same there. similarity: those of one cluster by tf-idf of their tokens. adversarial: the
+                    least similar. near_duplicates: those that say nearly the same (MinHash).
     attention       document: no token sees another document. causal: it sees all of its row before it.
     positions       reset at each document, or continue through the row. To reset them under causal attention gives
                     tokens of two documents one position, which nobody would train on but to take effects apart.
@@ -145,6 +152,16 @@ class ArmSpec(LayoutSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        if self.group_by == "none":
+            return self
+        if self.layout != "pack" or self.window is not None:
+            raise ValueError("`group_by` says who shares a row: it needs `layout: pack`, and no `window`")
+        if self.packer == "concat":
+            raise ValueError("`group_by` needs a packer that keeps documents whole, such as `packer: best_fit`")
+        return self
+
     @property
     def one_document_per_row(self) -> bool:
         return self.layout != "pack"
@@ -164,6 +181,7 @@ _PLAIN: dict[str, Any] = {
     "repack_each_epoch": False,
     "validation_after_packing": False,
     "boundary": "none",
+    "group_by": "none",
 }
 _TRUNCATED = {"overlong": "truncate", "attention": "document", "positions": "reset", "loss": "token"}
 _CROSSING = {"attention": "causal", "positions": "continue", "loss": "token"}
@@ -180,6 +198,9 @@ _ARMS: dict[str, dict[str, Any]] = {
     "greedy": {**_PACK, "packer": "next_fit_decreasing", "overlong": "truncate", **_CROSSING},
     "best_fit": {**_PACK, "packer": "best_fit", **_TRUNCATED},
     "longalign": {**_PACK, "packer": "shuffled_first_fit", **_TRUNCATED, "loss": "document"},
+    "related": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "similarity"},
+    "unrelated": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "adversarial"},
+    "near_duplicate": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "near_duplicates"},
     "padding_released": {"layout": "pad", "packer": "none", **_TRUNCATED, "truncation": "per_turn", **_RELEASED},
     "random_released": {
         **_PACK, "packer": "concat", "overlong": "none", "remainder": "drop", **_CROSSING, **_WINDOWS, **_RELEASED,
@@ -189,6 +210,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ARMS = {name: {**_PLAIN, **fields} for name, fields in _ARMS.items()}
+LENGTHS_ALONE = tuple(name for name, fields in ARMS.items() if fields["group_by"] == "none")
+"""Built-in arms whose rows follow from lengths; the others look at what documents say."""
 
 
 class SourceSpec(Spec):
@@ -224,6 +247,7 @@ class DataSpec(Spec):
     """`source`: one source, or a list of them, each a string or a block as in `SourceSpec`.
 
     train_on     assistant: every assistant turn. last_assistant: the last one only. all: every token.
+    fields       of each record to keep, under the names that `mapping` gives them, for `group_by` of an arm.
     on_error     fail: a line that is no JSON stops. skip: it is rejected and counted, up to `max_errors` of them.
     processes    that read and tokenize; unset: one a core. Changes no result and enters no id.
     """
@@ -235,9 +259,19 @@ class DataSpec(Spec):
     template: str | None = None
     mapping: dict[str, str] | None = None
     max_documents: PositiveInt | None = None
+    fields: tuple[Annotated[str, Field(pattern=NAME_PATTERN)], ...] = ()
     on_error: Literal["fail", "skip"] = "fail"
     max_errors: PositiveInt = 100
     processes: PositiveInt | None = None
+
+    @field_validator("fields")
+    @classmethod
+    def _distinct(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted({*GROUPINGS} & {*fields}):
+            raise ValueError(f"`{taken[0]}` is a word of `group_by`; rename the field with `data.mapping`")
+        if len({*fields}) < len(fields):
+            raise ValueError("a field is named twice")
+        return fields
 
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
@@ -507,6 +541,15 @@ class CellSpec(Spec):
     eval: EvalSpec = EvalSpec()
     estimate: EstimateSpec = EstimateSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)]
+
+    @model_validator(mode="after")
+    def _fields_are_kept(self) -> Self:
+        wanted, kept = self.arm.group_by, self.data.fields
+        if wanted not in (*GROUPINGS, *kept):
+            line = f"data: {{fields: [{', '.join([*kept, wanted])}]}}"
+            words = ", ".join(GROUPINGS)
+            raise ValueError(f"`group_by: {wanted}` is none of {words}, so it is a field to keep: add `{line}`")
+        return self
 
 
 class LadderSpec(Spec):

@@ -36,6 +36,8 @@ from packcli.files import digest
 Kind = Literal["tokens", "index", "train", "eval"]
 VERSIONS: dict[Kind, int] = {"tokens": 2, "index": 2, "train": 3, "eval": 2}
 
+_ADDED = ("boundary", "group_by")  # to what a layout has, after the first ids: left out of them where it is "none"
+
 Fingerprints = Mapping[str, str]
 
 
@@ -52,7 +54,7 @@ class TokenizerOrder(Spec):
 
 
 class TokensOrder(Spec):
-    """`fingerprints`: of each source, to notice one that changes while it is read."""
+    """`fingerprints`: of each source, to notice one that changes while it is read. `fields`: of records, kept."""
 
     id: str
     processes: int | None
@@ -61,6 +63,7 @@ class TokensOrder(Spec):
     max_documents: int | None
     on_error: Literal["fail", "skip"]
     max_errors: int
+    fields: tuple[str, ...] = ()
     train_on: Literal["assistant", "last_assistant", "all"]
     template: str | None
     tokenizer: TokenizerOrder
@@ -335,6 +338,7 @@ class _Builder:
             "train_on": data.train_on,
             "template": self._fingerprints[f"template:{template or ''}"],
             "tokenizer": identity_of_tokenizer,
+            **({"fields": data.fields} if data.fields else {}),
         }
         order = TokensOrder(
             id=digest(identity),
@@ -344,6 +348,7 @@ class _Builder:
             max_documents=data.max_documents,
             on_error=data.on_error,
             max_errors=data.max_errors,
+            fields=data.fields,
             train_on=data.train_on,
             template=template,
             tokenizer=tokenizer,
@@ -397,7 +402,7 @@ class _Builder:
             "max_length": data.max_length,
             "validation": data.validation,
             "seed": seed,
-            "layout": layout.model_dump(exclude={"boundary"} if layout.boundary == "none" else set()),
+            "layout": layout.model_dump(exclude={key for key in _ADDED if getattr(layout, key) == "none"}),
             "batching": batching.model_dump() if batching else None,
             "epochs": epochs,
         }

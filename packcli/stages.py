@@ -110,7 +110,7 @@ def run(kind: Kind, order: TokensOrder | IndexOrder | TrainOrder, store: Store, 
         case TokensOrder():
             return prepare_tokens(order, store, note)
         case IndexOrder():
-            return prepare_index(order, store)
+            return prepare_index(order, store, note)
         case TrainOrder():
             return train(order, store, note)
 
@@ -155,11 +155,11 @@ def _check_unchanged(order: TokensOrder, store: Store) -> None:
             )
 
 
-def prepare_index(order: IndexOrder, store: Store) -> Manifest:
-    """Token store -> row index and ledger."""
+def prepare_index(order: IndexOrder, store: Store, note: Note = silent) -> Manifest:
+    """Token store -> row index and ledger; where documents are grouped, or have fields, who shares rows."""
     if manifest := store.manifest("index", order.id):
         return manifest
-    from packcli.data import framed, index, tokens
+    from packcli.data import alike, framed, index, tokens
     from packcli.data.tokenizer import stored
 
     source = _upstream(store, "tokens", order.tokens)
@@ -167,7 +167,13 @@ def prepare_index(order: IndexOrder, store: Store) -> Manifest:
     counts = source.results["conversations"], source.results["rejected"]
     marks = framed.marks(order.layout.boundary, lambda: stored(store.tokenizer(order.tokens)))
     with store.writing("index", order.id):
-        built, held_out, ledger = index.build(order, open_tokens(store, source), *counts, marks)
+        documents = open_tokens(store, source)
+        groups = alike.groups(order, documents, source.results["vocab_size"], note)
+        built, held_out, ledger = index.build(order, documents, *counts, marks, groups)
+        by = {name: documents.field(name)[0] for name in source.spec.get("fields", ())}
+        if groups is not None:
+            by[order.layout.group_by] = groups.of
+        shares = {name: index.sharing(built, of) for name, of in by.items()}
         index.write(store.rows(order.id), built)
         index.write(store.validation(order.id), held_out)
         return store.commit(
@@ -175,7 +181,7 @@ def prepare_index(order: IndexOrder, store: Store) -> Manifest:
             order.id,
             spec=order.model_dump(mode="json"),
             inputs={"tokens": order.tokens},
-            results={"ledger": ledger},
+            results={"ledger": ledger, **({"sharing": shares} if shares else {})},
             provenance={},
         )
 
@@ -324,7 +330,7 @@ def _in_part(plan_: Plan, stage: tuple[Kind, str], store: Store) -> bool:
 
 
 def _trained(manifest: Manifest, store: Store) -> Trained:
-    from packcli.data import sources
+    from packcli.data import corpus
     from packcli.eval.scoring import Trained
 
     order = TrainOrder.model_validate(manifest.spec)
@@ -337,7 +343,7 @@ def _trained(manifest: Manifest, store: Store) -> Trained:
     return Trained(
         name=f"train {order.id}",
         before=before,
-        sources=None if all(map(sources.is_builtin, read)) else tuple(read),
+        sources=None if all(one.source in corpus.SOURCES for one in read) else tuple(read),
         random_weights=bool(manifest.results.get("random_weights")),
     )
 

@@ -367,6 +367,9 @@ def _merged(block: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], problems: Problems) -> None:
     for item in error.errors():
         path = tuple(str(part) for part in item["loc"] if part not in _UNION_TAGS)
+        if not path:  # of a cell as a whole: its arm does not fit the rest
+            problems.add(("arms", arm) if arm not in ARMS else ("matrix", "arm"), _message(item))
+            continue
         if path[:1] == ("arm",):
             path = ("arms", arm, *path[1:])
         axis = next((a for a in combination if path[: a.count(".") + 1] == tuple(a.split("."))), None)
@@ -376,11 +379,15 @@ def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], pr
         elif item["type"] == "missing":
             problems.add(marked, f"`{'.'.join(path)}` is required")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = _message(item)
             got = item["input"]
             shown = isinstance(got, str | int | float | bool) and item["type"] != HOLDS_SECRET
             value = f", not `{got}`" if shown else ""
             problems.add(marked, f"`{'.'.join(path)}`: {message}{value}")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _keys_at(location: Sequence[int | str]) -> tuple[str, ...]:

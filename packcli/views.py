@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from packcli import log, papersteps, stages
-from packcli.config import ARMS, ArmSpec, DataSpec
-from packcli.data import corpus, formats, hub
+from packcli.config import LENGTHS_ALONE, ArmSpec, DataSpec
+from packcli.data import formats, hub, sources
 from packcli.errors import ConfigError, DataError
 from packcli.files import atomic_write
 from packcli.plan import Cell, Plan
@@ -40,7 +40,7 @@ def is_data(name: str) -> bool:
         Path(name).exists()
         or Path(name).suffix in formats.SUFFIXES
         or any(character in name for character in "*?[")
-        or name in corpus.SOURCES
+        or name in sources.BUILTIN
         or hub.is_dataset(name)
     )
 
@@ -53,7 +53,7 @@ def lengths_around(max_length: int) -> list[int]:
 def data_plan(
     source: str, tokenizer: str | None, template: str | None, max_length: int, sets: Sequence[str] = ()
 ) -> Plan:
-    """Every built-in arm at several row lengths, for a data file; `sets`: `data.KEY=VALUE`, as for a sweep."""
+    """Every built-in arm that needs lengths alone, at several row lengths. `sets`: `data.KEY=VALUE`."""
     given: dict[str, Any] = {"source": source, "max_length": max_length, "template": template}
     for item in sets:
         key, _, value = item.partition("=")
@@ -69,7 +69,7 @@ def data_plan(
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"`data.{where}`: {first['msg']}", "see docs/sweep_file.md") from None
     lengths = lengths_around(max_length)
-    return stages.data_plan(data, lengths, tokenizer or "train", arms=list(ARMS), batch=_BATCH)
+    return stages.data_plan(data, lengths, tokenizer or "train", arms=LENGTHS_ALONE, batch=_BATCH)
 
 
 def outlook(plan: Plan, tokenizer: str, store: Store | None) -> dict[str, Any]:
@@ -166,8 +166,11 @@ def draw(plan: Plan, store: Store, file: Path) -> None:
     max_length = _shown_length(plan, own)
     arms: dict[str, ArmSpec] = {}
     for cell in own:
-        if plan.indexes[cell.index].max_length == max_length:
-            arms.setdefault(cell.labels.get("arm", "arm"), plan.trains[cell.train].arm)
+        arm = plan.trains[cell.train].arm
+        if plan.indexes[cell.index].max_length == max_length and arm.group_by == "none":
+            arms.setdefault(cell.labels.get("arm", "arm"), arm)
+    if not arms:
+        raise ConfigError("a picture is of lengths, and every arm here has `group_by`", "add an arm without it")
     tokens = _tokens(store, first.tokens)
     documents = sample.documents(tokens, sample.choose(tokens.lengths, max_length))
     panels = sample.panels(documents, arms, max_length, _DRAWN_MICRO_BATCH)

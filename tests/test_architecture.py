@@ -27,6 +27,7 @@ RANKS = {
     "cutting_stock": 2,
     "packing": 2,
     "patterns": 2,
+    "grouping": 2,
     "released": 2,
     "flops": 2,
     "memory": 2,

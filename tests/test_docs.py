@@ -23,7 +23,7 @@ from conftest import REPO
 
 from packcli import sweepfile
 from packcli.cli import app
-from packcli.config import ARMS
+from packcli.config import LENGTHS_ALONE
 from packcli.launch import profile
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -251,7 +251,7 @@ def test_a_picture_is_not_what_the_arms_do() -> None:
     spec.loader.exec_module(module)
     made = {name: text.encode() for name, text in module.pictures().items()}
     assert made == {path.name: path.read_bytes() for path in directory.glob("*.svg")}
-    assert made.keys() == {f"{arm}.svg" for arm in ARMS}
+    assert made.keys() == {f"{arm}.svg" for arm in LENGTHS_ALONE}
     shown = re.findall(r"\(pictures/(\S+\.svg)\)", (REPO / "docs" / "arms.md").read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(made)
 

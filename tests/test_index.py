@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packcli import released
-from packcli.config import ARMS, ArmSpec
+from packcli.config import ARMS, LENGTHS_ALONE, ArmSpec
 from packcli.data import index
 from packcli.errors import DataError, IntegrityError
 from packcli.plan import Batching, IndexOrder
 
-RELEASED = [name for name in ARMS if name.endswith("_released")]
-CLEAN = [name for name in ARMS if name not in RELEASED]
+RELEASED = [name for name in LENGTHS_ALONE if name.endswith("_released")]
+CLEAN = [name for name in LENGTHS_ALONE if name not in RELEASED]
 
 
 @dataclass

@@ -401,21 +401,23 @@ def test_a_plan_of_a_data_file_writes_nothing_and_tells_every_number(tmp_path: P
     assert done.code == 0, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
     document = done.json()
-    from packcli.config import ARMS
+    from packcli.config import LENGTHS_ALONE
 
-    assert {cell["arm"] for cell in document["cells"]} == set(ARMS)
+    assert {cell["arm"] for cell in document["cells"]} == set(LENGTHS_ALONE)
     assert {cell["max_length"] for cell in document["cells"]} == {128, 256, 512}
     made = [cell for cell in document["cells"] if cell["ledger"]]
     for cell in document["cells"]:
         assert (cell["ledger"] is None) == (cell["problem"] is not None)
-    assert {cell["arm"] for cell in made} >= set(ARMS) - {"random_released"}, "60 documents in 60 windows: no row"
+    assert {cell["arm"] for cell in made} >= set(LENGTHS_ALONE) - {"random_released"}, (
+        "60 documents in 60 windows: no row"
+    )
     for cell in made:
         ledger = cell["ledger"]
         assert ledger["conversations_in"] == 61
         assert ledger["conversations_rejected"] == 1
         assert cell["steps_per_epoch"] >= 1
         assert cell["sum_squares"] > 0
-    assert document["advice"]["arm"] in ARMS
+    assert document["advice"]["arm"] in LENGTHS_ALONE
     assert "learned from this data" in document["tokenizer"]
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from packcli.config import ARMS
+from packcli.config import LENGTHS_ALONE
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -62,7 +62,7 @@ def test_the_script_does_not_run_without_a_gpu(tmp_path: Path) -> None:
 def test_a_micro_batch_is_larger_than_the_memory_was_counted_for(documents: ModuleType) -> None:
     shape = documents.shape("8B", tiny=True)
     drawn = documents.Documents(2048, 512)
-    for arm in ARMS:
+    for arm in LENGTHS_ALONE:
         found = documents.work(arm, shape, drawn, {})
         micro_batches = [rows for step in range(len(found.steps)) for rows in found.micro_batches(step)]
         assert all(found.rows.tokens[rows].sum() <= shape.slots for rows in micro_batches), arm

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from packcli.config import SourceSpec
 from packcli.data import chat, sources, tokenized
@@ -59,6 +61,24 @@ def mapped(value: Any, mapping: dict[str, str]) -> Any:
         return value
     renamed = {ours: value[theirs] for ours, theirs in mapping.items() if theirs in value}
     return {**{key: inner for key, inner in value.items() if key not in mapping.values()}, **renamed}
+
+
+def kept_fields(record: Record, source: SourceSpec, fields: tuple[str, ...]) -> tuple[str | None, ...]:
+    """What a record says in each of `fields`, as text; None where it says nothing.
+
+    What is neither text nor a number (a list of tags) is its JSON: the same tags in another order are others.
+    """
+    value = mapped(record.value, source.mapping) if source.mapping else record.value
+    if not isinstance(value, Mapping):
+        return (None,) * len(fields)
+    return tuple(_text(value.get(field)) for field in fields)
+
+
+def _text(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    return text.encode(errors="replace").decode()  # half of a surrogate pair is no valid Unicode
 
 
 def schema_of(records: Iterable[Record], source: SourceSpec, file: str) -> chat.Schema | None:

@@ -99,7 +99,9 @@ def sample(tokens: TokensOrder, order: IndexOrder) -> Sample | None:
 def _sample(dataset: str, whole: int, order: IndexOrder, opened: bool) -> Sample:
     simulated = min(_WORKERS, math.ceil(_WORKERS * _ENOUGH / whole))
     workers = max(1, round(order.layout.workers * simulated / _WORKERS))
-    small = order.model_copy(update={"layout": order.layout.model_copy(update={"workers": workers})})
+    # Nothing is known here of what documents say; rows by `group_by` are about as many as without.
+    layout = order.layout.model_copy(update={"workers": workers, "group_by": "none"})
+    small = order.model_copy(update={"layout": layout})
     drawn = Drawn(max(1, whole * simulated // _WORKERS), dataset, opened)
     marks = framed.marks(small.layout.boundary, lambda: _LLAMA3)
     index, _, ledger = indexes.build(small, drawn, drawn.num_documents, 0, marks)

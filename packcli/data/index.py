@@ -17,11 +17,13 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packcli import batching, packing, released
+from packcli import batching, grouping, packing, released
 from packcli.batching import Sizes
+from packcli.config import Packer
 from packcli.data.framed import NONE, Documents, Framed, Marks, Spanned
 from packcli.errors import DataError, IntegrityError
 from packcli.files import atomic_write
+from packcli.grouping import Groups
 from packcli.packing import Rows
 from packcli.plan import IndexOrder
 from packcli.seeds import rng
@@ -131,15 +133,20 @@ class Labels:
 
 
 def build(
-    order: IndexOrder, documents: Documents, conversations: int, rejected: int, marks: Marks = NONE
+    order: IndexOrder,
+    documents: Documents,
+    conversations: int,
+    rejected: int,
+    marks: Marks = NONE,
+    groups: Groups | None = None,
 ) -> tuple[Index, Index, dict[str, Any]]:
-    """Training rows, validation rows, and the ledger. `marks`: of `order.layout.boundary`.
+    """Training rows, validation rows, and the ledger. `marks`: of the layout's boundary; `groups`: of `group_by`.
 
     Validation rows hold one document each, plainly truncated and without boundary tokens; under
     `validation_after_packing` they are rows of the packing, held out.
 
     Raises:
-        DataError: no document is left to train on.
+        DataError: no document is left to train on; `group_by` without groups.
         IntegrityError: the ledger does not close.
     """
     framed = Framed(documents, marks)
@@ -154,7 +161,10 @@ def build(
     offered = everything[~validation & labelled & (fitted > 0)]
     if not len(offered):
         raise DataError("no document is left to train on", "lower `data.validation` or raise `data.max_length`")
-    packed = [_pack(order, documents, offered, fitted, epoch) for epoch in range(order.epochs)]
+    if groups is None and order.layout.group_by != "none":
+        cause = f"rows by `group_by: {order.layout.group_by}` depend on what documents say, not on lengths alone"
+        raise DataError(cause, "`packcli prepare SWEEP` makes these rows")
+    packed = [_pack(order, documents, offered, fitted, groups, epoch) for epoch in range(order.epochs)]
     epochs = [summarise(rows, labels, framed) for rows in packed]
     if order.layout.remainder == "drop":
         epochs = [_choose(index, np.flatnonzero(index.supervised)) for index in epochs]
@@ -186,7 +196,9 @@ def _fitted(order: IndexOrder, lengths: Ints) -> Ints:
             return lengths
 
 
-def _pack(order: IndexOrder, documents: Documents, offered: Ints, fitted: Ints, epoch: int) -> Rows:
+def _pack(
+    order: IndexOrder, documents: Documents, offered: Ints, fitted: Ints, groups: Groups | None, epoch: int
+) -> Rows:
     """Rows over the store's documents."""
     lengths, layout = fitted[offered], order.layout
     generator = rng(order.seed, "pack", epoch)
@@ -199,18 +211,50 @@ def _pack(order: IndexOrder, documents: Documents, offered: Ints, fitted: Ints, 
             local = released.concat(lengths, order.max_length, bounds, keep_remainder=keep)
         case "concat":
             local = packing.concat(lengths, order.max_length, generator)
-        case "next_fit_decreasing":
-            local = packing.next_fit_decreasing(lengths, order.max_length, generator)
         case "first_fit_decreasing" if layout.window:
             local = released.first_fit_decreasing(lengths, order.max_length, bounds)
-        case "first_fit_decreasing":
-            local = packing.first_fit_decreasing(lengths, order.max_length, generator)
-        case "shuffled_first_fit":
-            local = packing.shuffled_first_fit(lengths, order.max_length, generator)
-        case "best_fit":
-            local = packing.best_fit(lengths, order.max_length, generator)
+        case packer:
+            local = _grouped(lengths, _whole(packer), order.max_length, groups, offered, generator)
     rows = Rows(document=offered[local.document], start=local.start, stop=local.stop, offsets=local.offsets)
     return _cut_turns(rows, documents, order.max_length) if layout.truncation == "per_turn" else rows
+
+
+def _grouped(
+    lengths: Ints,
+    pack: grouping.Pack,
+    max_length: int,
+    groups: Groups | None,
+    offered: Ints,
+    generator: np.random.Generator,
+) -> Rows:
+    if groups is None:
+        return pack(lengths, max_length, generator)
+    group = groups.of[offered]
+    if groups.likeness is None:
+        return grouping.together(lengths, group, max_length, pack, generator)
+    return grouping.apart(lengths, group, groups.likeness, max_length, pack, generator)
+
+
+def _whole(packer: Packer) -> grouping.Pack:
+    """The packers that keep documents whole."""
+    match packer:
+        case "next_fit_decreasing":
+            return packing.next_fit_decreasing
+        case "first_fit_decreasing":
+            return packing.first_fit_decreasing
+        case "shuffled_first_fit":
+            return packing.shuffled_first_fit
+        case "best_fit":
+            return packing.best_fit
+        case "none" | "concat":
+            raise ValueError(packer)
+
+
+def sharing(index: Index, group: Ints) -> dict[str, Any]:
+    """How often documents of one group meet in the first epoch's rows (`grouping.sharing`). `group`: [D] int64."""
+    rows = index.epoch(0).rows
+    row, first = np.repeat(np.arange(rows.num_rows), np.diff(rows.offsets)), opens(rows)
+    return grouping.sharing(row[first], group[rows.document[first]])
 
 
 def _cut_turns(rows: Rows, documents: Documents, max_length: int) -> Rows:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from packcli import batching
 from packcli.config import ArmSpec, BatchUnit, Spec
-from packcli.data import framed, tokenize
+from packcli.data import alike, framed, tokenize
 from packcli.data import index as indexes
 from packcli.data.framed import Documents
 from packcli.data.tokenizer import stored
+from packcli.data.tokens import Tokens
 from packcli.errors import DataError
 from packcli.plan import IndexOrder, Plan, TrainOrder
 
@@ -121,8 +122,11 @@ def look(plan: Plan, note: Note, known: Mapping[str, Known]) -> Outlooks:
 
 def _packed(order: IndexOrder, have: Known) -> tuple[indexes.Index, dict[str, Any]] | DataError:
     marks = framed.marks(order.layout.boundary, lambda: stored(have.tokenizer))
+    documents, groups = have.documents, None
+    if isinstance(documents, Tokens):  # what is prepared says what documents are about, too
+        groups = alike.groups(order, documents, len(stored(have.tokenizer)), lambda done, total, remark: None)
     try:
-        index, _, ledger = indexes.build(order, have.documents, have.conversations, have.rejected, marks)
+        index, _, ledger = indexes.build(order, documents, have.conversations, have.rejected, marks, groups)
     except DataError as error:
         return error
     return index.epoch(0), ledger

@@ -104,7 +104,8 @@ def panels(
     """What `packcli prepare` would make of a set that holds these documents only, none of it held out.
 
     An arm's `workers` share nothing, so one of them is drawn: the few documents would be one or none for each.
-    Boundary tokens are left out: one or two beside hundreds would not be seen.
+    Boundary tokens are left out: one or two beside hundreds would not be seen. An arm with `group_by` cannot be
+    drawn: that says who shares a row by what documents say, and these are lengths.
     """
     few, drawn = _Few(documents), []
     batches = Batching(global_batch=micro_batch, batch_unit="rows", micro_batch=micro_batch, ranks=1)

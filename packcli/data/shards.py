@@ -36,6 +36,7 @@ class Shard:
     conversations   those, times their weight: `num_documents + len(rejected)`
     not_drawn       records that a weight below 1 left out
     errors          records that could not be parsed (`on_error: skip`); they are among the rejected
+    fields          of each document what its record says in each of `order.fields`, None where nothing
     """
 
     ids: NDArray[np.int32]
@@ -45,6 +46,7 @@ class Shard:
     content: NDArray[np.uint64]
     file: NDArray[np.int32]
     record: NDArray[np.int64]
+    fields: list[tuple[str | None, ...]]
     read: int
     conversations: int
     not_drawn: int
@@ -65,6 +67,7 @@ class _Columns:
     content: list[int] = field(default_factory=list)
     file: list[int] = field(default_factory=list)
     record: list[int] = field(default_factory=list)
+    fields: list[tuple[str | None, ...]] = field(default_factory=list)
     read: int = 0
     conversations: int = 0
     not_drawn: int = 0
@@ -156,7 +159,9 @@ class Maker:
         copies = 1 if source.weight == 1.0 else chat.copies(content, source.weight)
         columns.not_drawn += not copies
         columns.conversations += copies
+        fields = conversations.kept_fields(record, source, self._order.fields) if self._order.fields else ()
         for _ in range(copies):
+            columns.fields.append(fields)
             columns.content.append(content)
             columns.file.append(record.file)
             columns.record.append(record.number)
@@ -194,6 +199,7 @@ class Maker:
             content=np.asarray(columns.content, dtype=np.uint64),
             file=np.asarray(columns.file, dtype=np.int32),
             record=np.asarray(columns.record, dtype=np.int64),
+            fields=columns.fields,
             read=columns.read,
             conversations=columns.conversations,
             not_drawn=columns.not_drawn,

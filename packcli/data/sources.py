@@ -17,14 +17,15 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from packcli.config import SourceSpec
-from packcli.data import corpus, formats, hub
+from packcli.data import corpus, formats, hub, topics
 from packcli.data.formats import COMPRESSED, SUFFIXES
 from packcli.errors import ConfigError, DataError
 from packcli.files import digest, read_json
 
 PIECE_BYTES = 16 << 20
+BUILTIN = (*corpus.SOURCES, *topics.SOURCES)
 _HINT = (
-    f"give a built-in name ({', '.join(corpus.SOURCES)}), a paper set ({', '.join(hub.PAPER_SETS)}), a Hugging "
+    f"give a built-in name ({', '.join(BUILTIN)}), a paper set ({', '.join(hub.PAPER_SETS)}), a Hugging "
     f"Face id (owner/name), or a file, directory or glob of {' '.join(SUFFIXES)}"
 )
 # What `datasets` writes beside the data.
@@ -67,7 +68,7 @@ class Piece:
 
 
 def is_builtin(spec: SourceSpec) -> bool:
-    return spec.source in corpus.SOURCES
+    return spec.source in BUILTIN
 
 
 def is_streamed(spec: SourceSpec) -> bool:
@@ -90,6 +91,8 @@ def fingerprint(spec: SourceSpec, sha256_of: Callable[[Path], str]) -> str:
     """
     if _on_hub(spec):
         return hub.identity(spec)
+    if spec.source in topics.SOURCES:
+        return digest(["topics", spec.source, topics.VERSION])
     if is_builtin(spec):
         return digest(["corpus", spec.source, corpus.VERSION])
     return digest([[file.suffix, sha256_of(file)] for file in files(spec)])
@@ -232,7 +235,8 @@ def _count(piece: Piece, most: int) -> int:
 
 def _values(piece: Piece) -> Iterator[tuple[int, Any]]:
     if piece.kind == "builtin":
-        return enumerate(corpus.conversations(piece.path), 1)
+        told = topics.conversations() if piece.path in topics.SOURCES else corpus.conversations(piece.path)
+        return enumerate(told, 1)
     return formats.values(Path(piece.path), piece.kind, piece.name, piece.start, piece.stop, piece.first_number)
 
 

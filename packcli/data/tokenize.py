@@ -109,7 +109,7 @@ class _Worker:
         name = self._names[task.piece.file]
         schema = conversations.schema_of(sources.read(task.first), source, name) or "messages"
         shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
-        return tokens.write(shard, self._store, self._order.id, task.number, self._maker.engine)
+        return tokens.write(shard, self._store, self._order, task.number, self._maker.engine)
 
 
 def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> int:
@@ -134,7 +134,7 @@ def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> 
                     break
                 schema = schema or conversations.schema_of(chunk, source, source.source)
                 shard = maker.make(source, _again(chunk), schema or "messages")
-                tokens.write(shard, store, order.id, number, maker.engine)
+                tokens.write(shard, store, order, number, maker.engine)
             record = read_json(path)
             skip, number = skip + record["read"], number + 1
             left = None if left is None else left - record["read"]

@@ -1,12 +1,14 @@
 """The token store: documents exactly as rendered, in Arrow shards that memory-map and that `datasets` opens.
 
 Columns: `input_ids` list<int32>; `supervised` list<int32>, flat pairs start, stop of the tokens that are trained
-on; `content` uint64, the hash that decides validation; `file` int32 and `record` int64, where it came from. One
-shard is one record batch: what one piece of a source became. A shard is done when its record is there.
+on; `content` uint64, the hash that decides validation; `file` int32 and `record` int64, where it came from; and a
+string `record.<name>` for each of the order's `fields`, null where the record says nothing there. One shard is one
+record batch: what one piece of a source became. A shard is done when its record is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +20,9 @@ from numpy.typing import NDArray
 
 from packcli import processes
 from packcli.data.shards import Shard
-from packcli.errors import DataError, IntegrityError
+from packcli.errors import ConfigError, DataError, IntegrityError
 from packcli.files import atomic_write, read_json, sha256_file, write_json
+from packcli.plan import TokensOrder
 from packcli.store import Store
 
 Ints = NDArray[np.int64]
@@ -35,13 +38,17 @@ _SCHEMA = pa.schema(
 )
 
 
-def write(shard: Shard, store: Store, id_: str, number: int, engine: str) -> dict[str, Any]:
+_FIELD = "record."
+_BLOCK = 1 << 20
+
+
+def write(shard: Shard, store: Store, order: TokensOrder, number: int, engine: str) -> dict[str, Any]:
     """Write a shard, then its record; the record.
 
     Raises:
         DataError: more tokens than Arrow's 32-bit offsets can count.
     """
-    path = store.shard(id_, number)
+    path = store.shard(order.id, number)
     limit = np.iinfo(np.int32).max
     if len(shard.ids) > limit:
         cause = f"one piece of the data became {len(shard.ids):,} tokens, over {limit:,}"
@@ -50,9 +57,11 @@ def write(shard: Shard, store: Store, id_: str, number: int, engine: str) -> dic
         pa.ListArray.from_arrays(pa.array(shard.offsets, pa.int32()), pa.array(shard.ids)),
         pa.ListArray.from_arrays(pa.array(2 * shard.span_offsets, pa.int32()), pa.array(shard.spans.reshape(-1))),
         *(pa.array(values) for values in (shard.content, shard.file, shard.record)),
+        *(pa.array([said[place] for said in shard.fields], pa.string()) for place in range(len(order.fields))),
     ]
-    with atomic_write(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    schema = pa.schema([*_SCHEMA, *((_FIELD + name, pa.string()) for name in order.fields)])
+    with atomic_write(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
     record = {
         "read": shard.read,
         "conversations": shard.conversations,
@@ -65,7 +74,7 @@ def write(shard: Shard, store: Store, id_: str, number: int, engine: str) -> dic
         "engine": engine,
         "sha256": sha256_file(path),
     }
-    write_json(store.shard_record(id_, number), record)
+    write_json(store.shard_record(order.id, number), record)
     return record
 
 
@@ -98,6 +107,7 @@ class _Shard:
     content: NDArray[np.uint64]
     file: NDArray[np.int32]
     record: Ints
+    fields: dict[str, Any]
 
 
 class Tokens:
@@ -153,6 +163,39 @@ class Tokens:
         shard, row = self._locate(document)
         return f"{self.files[shard.file[row]]}:{shard.record[row]}"
 
+    def blocks(self, most: int) -> Iterator[tuple[Ints, Ints]]:
+        """(ids, offsets) of all documents in order, a million tokens at a time, each cut to `most` tokens.
+
+        ids [T] int64; offsets [N + 1] int64: where each document of the block begins, and where the last ends.
+        """
+        for shard in self._shards:
+            ends = shard.id_offsets[1:].astype(np.int64)
+            first = 0
+            while first < len(ends):
+                begin = int(shard.id_offsets[first])
+                last = max(first + 1, int(np.searchsorted(ends, begin + _BLOCK, side="right")))
+                lengths = np.diff(shard.id_offsets[first : last + 1]).astype(np.int64)
+                ids = shard.ids[begin : int(ends[last - 1])].astype(np.int64)
+                if lengths.max() > most:
+                    place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+                    ids, lengths = ids[place < most], np.minimum(lengths, most)
+                yield ids, np.concatenate([[0], np.cumsum(lengths)])
+                first = last
+
+    def field(self, name: str) -> tuple[Ints, list[str | None]]:
+        """([D] int64, what they stand for): what each document's record says in one of the kept fields.
+
+        Raises:
+            ConfigError: the field was not kept.
+        """
+        if any(name not in shard.fields for shard in self._shards):
+            line = f"add it to `data.fields: [{name}]`, and prepare again"
+            raise ConfigError(f"the token store keeps no field `{name}`", line)
+        columns = pa.chunked_array([shard.fields[name] for shard in self._shards], pa.string())
+        encoded = columns.dictionary_encode(null_encoding="encode").combine_chunks()
+        parts = encoded if isinstance(encoded, pa.DictionaryArray) else encoded.unify_dictionaries().chunk(0)
+        return parts.indices.to_numpy(zero_copy_only=False).astype(np.int64), parts.dictionary.to_pylist()
+
     def _locate(self, document: int) -> tuple[_Shard, int]:
         number = int(np.searchsorted(self._first, document, side="right")) - 1
         return self._shards[number], document - int(self._first[number])
@@ -180,4 +223,5 @@ def _open_shard(path: Path) -> _Shard:
         content=numbers(column("content")),
         file=numbers(column("file")),
         record=numbers(column("record")),
+        fields={name[len(_FIELD) :]: column(name) for name in table.column_names if name.startswith(_FIELD)},
     )

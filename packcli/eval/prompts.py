@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from packcli.data import corpus
+from packcli.data import corpus, topics
 from packcli.data.render import special_tokens
 from packcli.errors import ConfigError
 from packcli.eval import long_context
@@ -27,7 +27,8 @@ def documents(task: Task, tokenizer: Any, *, chat_template: bool) -> list[dict[s
     """
     assert task.corpus_task is not None
     assert task.corpus_split is not None
-    items = corpus.items(task.corpus_task, task.corpus_split)
+    made = topics if task.corpus_task in topics.TASKS else corpus
+    items = made.items(task.corpus_task, task.corpus_split)
     if not chat_template:
         return [{"prompt": _lines(item["messages"]), "target": item["answer"] + "\n"} for item in items]
     end = end_of_turn(tokenizer)

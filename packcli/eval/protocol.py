@@ -1,8 +1,8 @@
 """What a task is, which files it needs, and what its protocol hashes to. Loads no model and no lm-eval.
 
 A task is a packaged lm-eval YAML in `tasks/`, complete in itself, with packcli's own facts under `metadata:`.
-One file, `tiny.yaml`, stands for all embedded tasks: those of `packcli/data/corpus.py` on its test split
-(`tiny_copy`) and, to choose settings without looking at the test items, on its tuning split
+One file, `tiny.yaml`, stands for all embedded tasks: those of `data/corpus.py` and `data/topics.py` on their test
+split (`tiny_copy`) and, to choose settings without looking at the test items, on its tuning split
 (`tiny_copy_tuning`). `long.yaml` stands for those of `long_context.py` (`needle_4k`), `longbench.yaml` for the
 subsets of LongBench. Running a task is `harness.py`; what a YAML names by a plain word is in `scorers.py`.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from packcli.data import corpus
+from packcli.data import corpus, topics
 from packcli.errors import ConfigError, IntegrityError, MissingError
 from packcli.eval import long_context
 from packcli.files import digest, sha256_file
@@ -31,6 +31,8 @@ VERSION = 1
 GROUPS: tuple[str, ...] = (
     "tiny",
     "tiny_tuning",
+    "topics",
+    "topics_tuning",
     "paper",
     *(f"long_{size}" for size in long_context.LENGTHS),
     "longbench",
@@ -164,7 +166,8 @@ def names() -> tuple[str, ...]:
     files = sorted(entry.name.removesuffix(".yaml") for entry in _TASKS.iterdir() if entry.name.endswith(".yaml"))
     benchmarks = tuple(name for name in files if name not in (_EMBEDDED, _LONG, _LONGBENCH))
     generated = (name for size in long_context.LENGTHS for name in _group(f"long_{size}"))
-    tasks = (*_group("tiny"), *_group("tiny_tuning"), *benchmarks, *generated, *_group("longbench"))
+    embedded = (task for group in ("tiny", "tiny_tuning", "topics", "topics_tuning") for task in _group(group))
+    tasks = (*embedded, *benchmarks, *generated, *_group("longbench"))
     return (*tasks, *JUDGED, PROBES)
 
 
@@ -194,7 +197,7 @@ def load(name: str) -> Task:
     if name not in known:
         raise _unknown(name, known)
     corpus_task, (family, _, size) = name.removesuffix(_TUNING), name.rpartition("_")
-    if corpus_task in corpus.TASKS:
+    if corpus_task in (*corpus.TASKS, *topics.TASKS):
         split = "test" if corpus_task == name else "tuning"
         return _packaged(name, _EMBEDDED, corpus_task=corpus_task, corpus_split=split)
     if family in long_context.FAMILIES:
@@ -295,7 +298,7 @@ def fingerprint(
     packaged = load(task)
     source = "hub" if packaged.from_hub(bench_data) else "files"
     if packaged.facts.embedded:
-        source = f"corpus {corpus.VERSION}"
+        source = f"topics {topics.VERSION}" if packaged.corpus_task in topics.TASKS else f"corpus {corpus.VERSION}"
     elif packaged.family is not None:
         source = f"generated {long_context.VERSION}"
     return digest(
@@ -329,7 +332,8 @@ def _group(name: str) -> tuple[str, ...]:
     kind, _, size = name.partition("_")
     if kind == _LONG:
         return tuple(f"{family}_{size}" for family in long_context.FAMILIES)
-    return corpus.TASKS if name == "tiny" else tuple(f"{task}{_TUNING}" for task in corpus.TASKS)
+    tasks = corpus.TASKS if kind == _EMBEDDED else topics.TASKS
+    return tuple(f"{task}{_TUNING}" for task in tasks) if size else tasks
 
 
 def _unknown(name: str, known: tuple[str, ...]) -> ConfigError:

@@ -68,6 +68,7 @@ def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
         _shares("documents cut over rows", base, others, _cut, CUT),
         _crossing(base, others),
         _marked(base, others),
+        _grouped(base, others),
         _loss(base, others),
         _elsewhere(base, others),
     ]
@@ -123,6 +124,14 @@ def _marked(base: Arm, others: Sequence[Arm]) -> Unlike:
     unlike = [arm for arm in others if arm.order.arm.boundary != own]
     told = [f"{arm.name} {arm.order.arm.boundary}" for arm in unlike]
     return Unlike(f"tokens between documents ({base.name} {own}, {', '.join(told)})", unlike)
+
+
+def _grouped(base: Arm, others: Sequence[Arm]) -> Unlike:
+    own = base.order.arm.group_by
+    unlike = [arm for arm in others if arm.order.arm.group_by != own]
+    told = [f"{arm.name} by {arm.order.arm.group_by}" for arm in unlike]
+    by = "chance" if own == "none" else f"by {own}"
+    return Unlike(f"who shares a row ({base.name} {by}, {', '.join(told)})", unlike)
 
 
 def _loss(base: Arm, others: Sequence[Arm]) -> Unlike:

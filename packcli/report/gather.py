@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packcli.data import index as indexes
-from packcli.data.corpus import SOURCES
+from packcli.data.sources import BUILTIN
 from packcli.data.tokens import Tokens
 from packcli.errors import IntegrityError
 from packcli.files import read_jsonl
@@ -70,7 +70,7 @@ def origin(plan: Plan, report: Report) -> list[str]:
     cells = plan.cells
     about = {
         "synthetic data": [
-            all(one.source in SOURCES for one in plan.tokens[cell.tokens].sources) for cell in cells
+            all(one.source in BUILTIN for one in plan.tokens[cell.tokens].sources) for cell in cells
         ],
         "toy model": [plan.trains[cell.train].model.config is not None for cell in cells],
         "from random weights": [row.train.random_weights for row in report.rows if row.train],

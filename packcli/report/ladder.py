@@ -212,7 +212,7 @@ def _effects(ladder: Ladder) -> list[tuple[tuple[Any, ...], Effect]]:
 # What differs ----------------------------------------------------------------------------------------------
 
 _FACTORS = {
-    "who shares a row": ("layout", "packer", "window", "workers", "order", "repack_each_epoch"),
+    "who shares a row": ("layout", "packer", "window", "workers", "order", "repack_each_epoch", "group_by"),
     "tokens cut or dropped": ("overlong", "truncation", "remainder"),
     "what is held out": ("validation_after_packing",),
     "tokens between documents": ("boundary",),

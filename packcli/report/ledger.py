@@ -59,6 +59,7 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
                 "index_path": str(store.directory("index", cell.index)),
                 "rejected_path": str(store.rejected(cell.tokens)),
                 "ledger": manifest.results["ledger"] if manifest else None,
+                "sharing": manifest.results.get("sharing") if manifest else None,
                 "conversations_repeated": source.results["duplicates"] if source else None,
                 "conversations_not_drawn": source.results["not_drawn"] if source else None,
             }
@@ -69,6 +70,7 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
 def table(document: dict[str, Any]) -> Fitted:
     """One column per distinct row index; of several seeds the first."""
     columns = _columns(document)
+    names = dict.fromkeys(name for _, _, shares in columns for name in shares)
     caption = "One epoch. Of several seeds, the first."
     rejecting = (c for c in document["cells"] if c["ledger"] and c["ledger"]["conversations_rejected"])
     for path in dict.fromkeys(cell["rejected_path"] for cell in rejecting):
@@ -78,27 +80,46 @@ def table(document: dict[str, Any]) -> Fitted:
             caption += f"\n{most:,} {words}"
     texts = [text for block in _BLOCKS for text, _ in (*block, ("", ""))]
     keys = [key for block in _BLOCKS for _, key in (*block, ("", ""))]
-    shown = [("ledger", [*texts, "efficiency: kept tokens / slots"])]
-    for name, ledger in columns:
+    who = [word for name in names for word in ("", f"documents in a row, alike by {name}", *_SHARING)]
+    shown = [("ledger", [*texts, "efficiency: kept tokens / slots", *who])]
+    for name, ledger, shares in columns:
         cells = ["" if not key else "failed" if ledger is None else f"{ledger[key]:,}" for key in keys]
         cells.append("failed" if ledger is None else f"{ledger['efficiency']:.2%}")
-        shown.append((name, cells))
+        shown.append((name, [*cells, *(cell for by in names for cell in _shared(shares.get(by)))]))
     return Fitted(shown, caption=caption)
 
 
-def _columns(document: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(name, ledger) of each distinct index, named by the labels that tell the columns apart."""
-    first: dict[tuple[str, ...], Any] = {}
+_SHARING = ("  groups", "  pairs of one group", "    by chance", "  rows of one group")
+
+
+def _shared(shares: dict[str, Any] | None) -> list[str]:
+    """Who shares a row, below an empty line and a heading; "-" where no two documents do."""
+    if shares is None:
+        return [""] * (2 + len(_SHARING))
+    parts = (shares["pairs_within"], shares["pairs"]), (shares["rows_pure"], shares["rows_shared"])
+    pairs, rows = (f"{part / whole:.1%}" if whole else "-" for part, whole in parts)
+    by_chance = shares["pairs_by_chance"]
+    chance = "-" if by_chance is None else f"{by_chance:.1%}"
+    return ["", "", f"{shares['groups']:,}", pairs, chance, rows]
+
+
+def _columns(document: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, ledger, who shares rows) of each distinct index, named by the labels that tell the columns apart."""
+    first: dict[tuple[str, ...], dict[str, Any]] = {}
     indexes: set[str] = set()
     for cell in document["cells"]:
         labels = tuple(f"{value}" for axis, value in cell["labels"].items() if axis != "seed")
         if cell["prepare_id"] not in indexes and labels not in first:
-            first[labels] = cell["ledger"]
+            first[labels] = cell
         indexes.add(cell["prepare_id"])
     varying = [len({labels[n] for labels in first}) > 1 for n in range(len(next(iter(first))))]
     if not any(varying):
         varying[-1] = True
     return [
-        (" ".join(part for part, keep in zip(labels, varying, strict=True) if keep), ledger)
-        for labels, ledger in first.items()
+        (
+            " ".join(part for part, keep in zip(labels, varying, strict=True) if keep),
+            cell["ledger"],
+            cell.get("sharing") or {},
+        )
+        for labels, cell in first.items()
     ]

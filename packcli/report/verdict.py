@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from packcli.data.corpus import SOURCES
+from packcli.data.sources import BUILTIN
 from packcli.log import plain
 from packcli.plan import Plan, TrainOrder
 from packcli.report import confounds, words
@@ -67,7 +67,7 @@ def _shortened(answers: list[tuple[str, str]]) -> list[str]:
 
 def _origin(plan: Plan, rows: Sequence[Row]) -> list[str]:
     synthetic = [
-        all(source.source in SOURCES for source in plan.tokens[cell.tokens].sources) for cell in plan.cells
+        all(source.source in BUILTIN for source in plan.tokens[cell.tokens].sources) for cell in plan.cells
     ]
     toy = all(plan.trains[cell.train].model.config is not None for cell in plan.cells)
     found = []

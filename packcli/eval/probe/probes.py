@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packcli.config import ARMS, ArmSpec, ProbeSpec, SourceSpec
+from packcli.config import ARMS, LENGTHS_ALONE, ArmSpec, ProbeSpec, SourceSpec
 from packcli.errors import ConfigError
 from packcli.eval import checkpoint as checkpoints
 
@@ -114,7 +114,7 @@ def _crossings(
 
 
 def _arm(name: str) -> ArmSpec:
-    packing = [arm for arm, fields in ARMS.items() if fields["layout"] == "pack"]
+    packing = [arm for arm in LENGTHS_ALONE if ARMS[arm]["layout"] == "pack"]
     if name not in packing:
         raise ConfigError(f"no built-in packing arm `{name}`", f"choose from: {', '.join(packing)}")
     return ArmSpec.model_validate(ARMS[name])
