@@ -44,6 +44,7 @@ RANKS = {
     "eval": 6,
     "fingerprints": 7,
     "stages": 7,
+    "audit": 8,
     "report": 8,
     "launch": 9,
     "views": 10,
