@@ -653,6 +653,60 @@ def verify(
     typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
 
 
+@app.command("audit")
+def audit_(
+    trl: Annotated[
+        Path | None, typer.Option("--trl", metavar="FILE.yaml", help="Your configuration of `trl sft`.")
+    ] = None,
+    llamafactory: Annotated[
+        Path | None,
+        typer.Option(
+            "--llamafactory", metavar="FILE.yaml", help="Your configuration of `llamafactory-cli train`."
+        ),
+    ] = None,
+    trainers: Annotated[
+        list[str] | None,
+        typer.Option("--trainer", metavar="NAME", help="Reference configurations of packcli, trl, llamafactory."),
+    ] = None,
+    envs: Annotated[
+        Path, typer.Option("--envs", metavar="DIR", help="Holds NAME/, a virtual environment of each trainer.")
+    ] = Path("audit-envs"),
+    python: Annotated[
+        list[str] | None,
+        typer.Option("--python", metavar="NAME=PATH", help="The interpreter of a trainer's environment."),
+    ] = None,
+    install: Annotated[
+        list[str] | None,
+        typer.Option("--install", metavar="NAME", help="Make the environment of a trainer in --envs with pip."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write findings, and a script that shows each `no` by itself."),
+    ] = None,
+    format_: Annotated[Literal["table", "md"], typer.Option("--format", help="table, md.")] = "table",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 4 when an answer is no.")] = False,
+    json: Json = False,
+) -> None:
+    """Feed crafted documents to other trainers, and to packcli, and read off what they really train.
+
+    Without a file or a --trainer: the reference configurations of every trainer whose environment is there.
+    """
+    from packcli.audit import command, table
+
+    asked = command.Asked({"trl": trl, "llamafactory": llamafactory}, trainers or [], envs, python or [], out)
+    command.install(install or [], envs)
+    rows, failures = command.run(asked) if not install or asked.named else ([], [])
+    if json:
+        console.print_json(table.document(rows))
+    elif rows:
+        typer.echo(table.markdown(rows)) if format_ == "md" else console.show(table.drawn(rows))
+        for line in table.evidence(rows):
+            typer.echo(log.plain(line))
+    console.finish(failures)
+    if strict and (wrong := sum(finding.answer == "no" for row in rows for finding in row.findings)):
+        raise IntegrityError(f"{wrong} answers are no", "--out DIR writes a script that shows each by itself")
+
+
 @app.command("fetch")
 def fetch_(
     sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False

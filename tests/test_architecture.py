@@ -45,6 +45,7 @@ RANKS = {
     "eval": 6,
     "fingerprints": 7,
     "stages": 7,
+    "audit": 8,
     "report": 8,
     "importers": 8,
     "launch": 9,

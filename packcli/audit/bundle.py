@@ -1,0 +1,93 @@
+"""One Python file that audits a trainer, or reproduces one finding, where only that trainer is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from packcli.audit.questions import QUESTIONS, Finding
+
+_HERE = Path(__file__).parent
+_OWN_IMPORT = re.compile(r"^from packcli\.audit\.\w+ import (\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import annotations\n", re.MULTILINE)
+_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
+_ALL = re.compile(r"^__all__ = .*\n", re.MULTILINE)
+
+_HEAD = '''"""{asked}
+
+Found by the audit, in all of its runs: {found}
+With {versions}
+and {configuration}
+
+    {launch} FILE
+
+Crafted data and a tiny Llama with random weights, on a CPU; nothing is downloaded. What is run is at the end.
+"""
+
+'''
+_RUN = """
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    recorded = perform(job, Path(sys.argv[2]), drive, PACKAGES)
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(sys.argv[3]).write_text(json.dumps(recorded))
+"""
+_REPRODUCE = """
+
+import json
+
+JOB = json.loads(r'''
+{job}
+''')
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        recorded = perform(JOB, Path(scratch), drive, PACKAGES)
+    finding = {question}(recorded["runs"])
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.exit()
+    print(", ".join(f"{{name}} {{number}}" for name, number in recorded["versions"].items()))
+    print(f"{{finding.question}}: {{finding.answer}}. {{finding.evidence}}")
+"""
+
+
+def runner(trainer: str) -> str:
+    """`python FILE JOB.json WORK OUT.json` performs a job."""
+    return _joined("crafted", "trace", f"drive_{trainer}", "perform") + _RUN
+
+
+def reproducer(trainer: str, finding: Finding, job: dict[str, Any], versions: dict[str, str]) -> str:
+    """`python FILE` performs the job in the trainer's environment, and prints the finding."""
+    question = next(one for one in QUESTIONS if one.__name__ == finding.question)
+    ranks = [run["name"] for run in job["runs"]] == ["ranks"]
+    launch = "python -m torch.distributed.run --standalone --nproc-per-node 2" if ranks else "python"
+    head = _HEAD.format(
+        asked=question.__doc__,
+        found=f"{finding.answer}. {finding.evidence}",
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        launch=launch,
+        configuration=json.dumps(job["configuration"]),
+    )
+    body = _joined("crafted", "trace", f"drive_{trainer}", "perform", "questions")
+    return head + body + _REPRODUCE.format(job=json.dumps(job, indent=1), question=finding.question)
+
+
+def _joined(*modules: str) -> str:
+    """Sources one after another, without what holds them together as modules."""
+    parts = ["from __future__ import annotations\n"]
+    for name in modules:
+        text = (_HERE / f"{name}.py").read_text(encoding="utf-8")
+        heading = f"\n\n# {name} {'-' * (100 - len(name))}\n\n"
+        for pattern in (_DOCSTRING, _FUTURE, _OWN_IMPORT, _ALL):
+            text = pattern.sub("", text)
+        parts.append(heading + text.strip("\n") + "\n")
+    return "".join(parts)
