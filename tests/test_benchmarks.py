@@ -685,6 +685,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     protocol.load.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize("chat_template", [True, False], ids=["chat", "text"])
 def test_long_text_lost_its_fact_or_its_score(

@@ -265,6 +265,7 @@ def test_a_mistake_in_a_model_config_is_found_before_anything_runs(
         assert_refused(done, 2, said)
 
 
+@pytest.mark.slow
 def test_a_stage_held_by_another_process_exits_5(run_cli: Run, tiny_sweep: Sweep, tmp_path: Path) -> None:
     path = tiny_sweep(arms=["padding"])
     plan = run_cli("prepare", path, "--json", cwd=tmp_path).json()
@@ -355,6 +356,7 @@ def test_prepare_prints_one_json_document_and_its_ledgers_close(prepared: Path) 
             "index_path",
             "rejected_path",
             "ledger",
+            "sharing",
             "conversations_repeated",
             "conversations_not_drawn",
         }
