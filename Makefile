@@ -24,7 +24,7 @@ reproduce: setup
 # Which of the things that packing changes does it: on the toy, one at a time, ten seeds (docs/why.md).
 attribution: setup
 	@$(BIN)/packcli sweep sweeps/attribution_tiny.yaml --runs $(RUNS)
-	@$(BIN)/packcli report sweeps/attribution_tiny.yaml --runs $(RUNS) --format ladder --figures figures
+	@$(BIN)/packcli report sweeps/attribution_tiny.yaml --runs $(RUNS) --format ladder --figures $(RUNS)/figures
 
 test: setup
 	@$(BIN)/python -m pytest -n 2

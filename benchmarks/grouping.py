@@ -74,7 +74,8 @@ def measure(store: Store, shards: int, group_by: str) -> None:
     opened = tokens.Tokens(store, "made", files=["made"], shards=shards)
     lengths = opened.lengths
     before = _peak_mib()
-    layout = ArmSpec.model_validate({**ARMS["best_fit"], "group_by": group_by}).rows
+    arm = "unrelated" if group_by == "adversarial" else "best_fit"
+    layout = ArmSpec.model_validate({**ARMS[arm], "group_by": group_by}).rows
     work = IndexOrder(
         id="", tokens="made", max_length=MAX_LENGTH, validation=0.0, seed=0, layout=layout, batching=None, epochs=1
     )

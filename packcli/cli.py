@@ -664,9 +664,12 @@ def audit_(
             "--llamafactory", metavar="FILE.yaml", help="Your configuration of `llamafactory-cli train`."
         ),
     ] = None,
+    axolotl: Annotated[
+        Path | None, typer.Option("--axolotl", metavar="FILE.yaml", help="Your configuration of `axolotl train`.")
+    ] = None,
     trainers: Annotated[
         list[str] | None,
-        typer.Option("--trainer", metavar="NAME", help="Reference configurations of packcli, trl, llamafactory."),
+        typer.Option("--trainer", metavar="NAME", help="Its reference configurations: packcli, trl, ..."),
     ] = None,
     envs: Annotated[
         Path, typer.Option("--envs", metavar="DIR", help="Holds NAME/, a virtual environment of each trainer.")
@@ -693,7 +696,8 @@ def audit_(
     """
     from packcli.audit import command, table
 
-    asked = command.Asked({"trl": trl, "llamafactory": llamafactory}, trainers or [], envs, python or [], out)
+    files = {"trl": trl, "llamafactory": llamafactory, "axolotl": axolotl}
+    asked = command.Asked(files, trainers or [], envs, python or [], out)
     command.install(install or [], envs)
     rows, failures = command.run(asked) if not install or asked.named else ([], [])
     if json:

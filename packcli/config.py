@@ -160,6 +160,8 @@ class ArmSpec(LayoutSpec):
             raise ValueError("`group_by` says who shares a row: it needs `layout: pack`, and no `window`")
         if self.packer == "concat":
             raise ValueError("`group_by` needs a packer that keeps documents whole, such as `packer: best_fit`")
+        if self.group_by == "adversarial" and self.packer != "shuffled_first_fit":
+            raise ValueError("`group_by: adversarial` deals documents out to rows: `packer: shuffled_first_fit`")
         return self
 
     @property
@@ -199,7 +201,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     "best_fit": {**_PACK, "packer": "best_fit", **_TRUNCATED},
     "longalign": {**_PACK, "packer": "shuffled_first_fit", **_TRUNCATED, "loss": "document"},
     "related": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "similarity"},
-    "unrelated": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "adversarial"},
+    "unrelated": {**_PACK, "packer": "shuffled_first_fit", **_TRUNCATED, "group_by": "adversarial"},
     "near_duplicate": {**_PACK, "packer": "best_fit", **_TRUNCATED, "group_by": "near_duplicates"},
     "padding_released": {"layout": "pad", "packer": "none", **_TRUNCATED, "truncation": "per_turn", **_RELEASED},
     "random_released": {

@@ -7,7 +7,6 @@ sharing    how often documents of one group meet in a row
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packcli.packing import Rows
+from packcli.packing import Rows, first_fit
 from packcli.patterns import bounds
 
 Ints = NDArray[np.int64]
@@ -74,41 +73,26 @@ def _packed_bundles(
     return Rows(ordered.document, ordered.start, ordered.stop, ordered.offsets[rows.offsets])
 
 
-def apart(
-    lengths: Ints, group: Ints, likeness: Floats, max_length: int, pack: Pack, rng: np.random.Generator
-) -> Rows:
-    """Rows whose documents are little alike: packed by length alone, then documents of like size are swapped.
+def apart(lengths: Ints, group: Ints, likeness: Floats, max_length: int, rng: np.random.Generator) -> Rows:
+    """Rows whose documents are little alike: dealt out like cards, then each into the first row that has room.
 
-    Row by row and longest first, each place takes a document of its size whose group is least like those already
-    in the row (by the sum over them), and rather of a group that many are left of. Sizes are lengths in 512ths of
-    a row, rounded up: so there is something to choose from, for a little padding (none up to 512 tokens a row).
+    Groups are put in an order in which like ones are neighbours (the leaves of a tree, average linkage), and
+    documents in that order are dealt to as many hands as there will be rows, one each in turn: so a hand has
+    documents from all along the order, and what is most alike lies in different hands. Hand after hand is packed.
     """
-    unit = max(1, max_length // _STEPS)
-    sizes = np.minimum(-(-lengths // unit), max_length // unit)  # what is nearly as long as a row has one alone
-    rows = pack(sizes, max_length // unit, rng)
-    waiting: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number in rng.permutation(len(lengths)).tolist():
-        waiting[int(sizes[number])][int(group[number])].append(number)
-    likeness = np.maximum(likeness, 0)  # opposites are not less alike: else they would fill rows by turns
-    left = np.bincount(group, minlength=len(likeness)).astype(np.float32)
-    most = float(left.max())
-    document, size = rows.document.copy(), sizes[rows.document]
-    for row in rng.permutation(rows.num_rows).tolist():
-        first, last = rows.offsets[row : row + 2].tolist()
-        alike = np.zeros(len(likeness), np.float32)
-        for place in (first + np.argsort(-size[first:last], kind="stable")).tolist():
-            choices = waiting[int(size[place])]
-            groups = np.fromiter(choices, np.int64, len(choices))
-            best = int(groups[np.argmin(alike[groups] - left[groups] / most)])
-            document[place] = choices[best].pop()
-            if not choices[best]:
-                del choices[best]
-            left[best] -= 1
-            alike += likeness[best]
-    return Rows(document, np.zeros_like(document), lengths[document], rows.offsets)
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
 
-
-_STEPS = 512
+    distance = np.clip(1 - likeness.astype(np.float64), 0, None)
+    np.fill_diagonal(distance, 0)
+    neighbours = np.arange(len(likeness))
+    if len(likeness) > 2:
+        tree = hierarchy.linkage(squareform(distance, checks=False), "average")
+        neighbours = np.argsort(hierarchy.leaves_list(tree))
+    alike = np.lexsort((rng.random(len(group)), neighbours[group]))
+    hands = max(1, -(-int(lengths.sum()) // max_length))
+    hand = rng.permutation(hands)[np.arange(len(alike)) % hands]
+    return first_fit(lengths, alike[np.lexsort((rng.random(len(alike)), hand))], max_length, rng)
 
 
 def sharing(row: Ints, group: Ints) -> dict[str, Any]:

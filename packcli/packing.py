@@ -144,9 +144,16 @@ def shuffled_first_fit(lengths: Ints, max_length: int, rng: np.random.Generator)
     [6, 5, 3, 4] at 10, drawn in this order: rows (6, 3), (5, 4). The order of rows and within rows is drawn from
     `rng`, too.
     """
+    return first_fit(lengths, rng.permutation(len(_checked(lengths))), max_length, rng)
+
+
+def first_fit(lengths: Ints, order: Ints, max_length: int, rng: np.random.Generator) -> Rows:
+    """Documents in the order given, a permutation, each into the first row opened that has room.
+
+    The order of rows and within rows is drawn from `rng`.
+    """
     if not _histogram(lengths, max_length).any():
         return one_per_row(lengths)
-    order = rng.permutation(len(lengths))
     row, num_rows = _first_fit(lengths[order].tolist(), max_length)
     row_of = np.empty_like(row)
     row_of[order] = rng.permutation(num_rows)[row]

@@ -119,7 +119,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def findings(work: Path, fault: str, *names: str) -> dict[str, Finding]:
     runs = [
-        {"name": name, "resume": "base" if name == "resumed" else None, "arguments": {}}
+        {"name": name, "resume": "base" if name == "resumed" else None, "after": 2, "arguments": {}}
         for name in ("base", *names)
     ]
     recorded = perform({"configuration": {}, "runs": runs}, work, trainer(fault), ("torch",))
@@ -305,7 +305,7 @@ def test_a_pinned_finding_no_longer_holds(name: Trainer) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["trl", "llamafactory"])
+@pytest.mark.parametrize("name", ["trl", "llamafactory", "axolotl"])
 def test_a_reproducer_does_not_show_what_was_found(name: Trainer, tmp_path: Path) -> None:
     envs = Path(os.environ.get("PACKCLI_AUDIT_ENVS", REPO / "audit-envs"))
     python = run.python_of(name, envs, {})

@@ -42,7 +42,17 @@ OPTIONS = {
     "status": SELECTING,
     "report": SELECTING | {"--format", "--figures", "--against", "--all", "--strict"},
     "verify": {"--help"},
-    "audit": {"--trl", "--llamafactory", "--trainer", "--envs", "--python", "--install", "--out", "--format"}
+    "audit": {
+        "--trl",
+        "--llamafactory",
+        "--axolotl",
+        "--trainer",
+        "--envs",
+        "--python",
+        "--install",
+        "--out",
+        "--format",
+    }
     | {"--strict", "--json", "--help"},
     "import-config": {"--from", "--out", "--processes", "--try", "--json", "--help"},
 }

@@ -57,7 +57,7 @@ def test_every_document_lies_once_and_whole_in_a_row_that_holds_it(
     lengths, group, max_length = drawn
     pack, rng = getattr(packing, packer), np.random.default_rng(seed)
     if likeness:
-        rows = grouping.apart(lengths, group, np.eye(5, dtype=np.float32), max_length, pack, rng)
+        rows = grouping.apart(lengths, group, np.eye(5, dtype=np.float32), max_length, rng)
     else:
         rows = grouping.together(lengths, group, max_length, pack, rng)
     assert sorted(rows.document.tolist()) == list(range(len(lengths)))
@@ -100,7 +100,7 @@ def test_unrelated_documents_meet_less_than_by_chance_in_as_few_rows() -> None:
     lengths, group = planted(kinds=60)
     plain = packing.best_fit(lengths, 2048, np.random.default_rng(0))
     like = np.eye(60, dtype=np.float32)
-    made = grouping.apart(lengths, group, like, 2048, packing.best_fit, np.random.default_rng(0))
+    made = grouping.apart(lengths, group, like, 2048, np.random.default_rng(0))
     by_chance, found = (grouping.sharing(row_numbers(rows), group[rows.document]) for rows in (plain, made))
     assert found["pairs_within"] < 0.6 * by_chance["pairs_within"]
     assert made.num_rows <= 1.02 * plain.num_rows
@@ -109,7 +109,7 @@ def test_unrelated_documents_meet_less_than_by_chance_in_as_few_rows() -> None:
 def test_of_groups_that_are_not_the_same_the_less_like_share_a_row() -> None:
     group = np.repeat([0, 1, 2, 3], 50)
     like = np.array([[1, 0.9, 0, 0], [0.9, 1, 0, 0], [0, 0, 1, 0.9], [0, 0, 0.9, 1]], np.float32)
-    made = grouping.apart(np.full(200, 5), group, like, 10, packing.best_fit, np.random.default_rng(0))
+    made = grouping.apart(np.full(200, 5), group, like, 10, np.random.default_rng(0))
     pairs = [{int(group[number]) for number in row} for row in rows_of(made)]
     assert sum(pair in ({0, 1}, {2, 3}) or len(pair) == 1 for pair in pairs) < len(pairs) / 10
 

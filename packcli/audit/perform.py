@@ -17,7 +17,9 @@ Drive = Callable[[dict[str, Any], dict[str, Any], Path], tuple[list[str], list[f
 
 
 def perform(job: dict[str, Any], work: Path, drive: Drive, packages: tuple[str, ...]) -> dict[str, Any]:
-    """job: `configuration`, and `runs`: name, arguments, resume. What was recorded, ready for JSON.
+    """What was recorded of a job, ready for JSON.
+
+    job: `configuration`, and `runs`: name, arguments, resume (a checkpoint, made `after` so many steps).
 
     A run that the trainer refuses is recorded as `failed`, with its message.
     """
@@ -46,7 +48,8 @@ def perform(job: dict[str, Any], work: Path, drive: Drive, packages: tuple[str, 
             failed = f"{type(error).__name__}: {message[:300]}"
         finally:
             detach()
-        result["runs"][run["name"]] = {"failed": failed, "steps": recorder.steps, "losses": recorder.losses}
+        done = {"failed": failed, "steps": recorder.steps, "losses": recorder.losses, "after": run.get("after", 0)}
+        result["runs"][run["name"]] = done
     return result
 
 

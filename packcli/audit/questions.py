@@ -203,14 +203,15 @@ def loss_reported(runs: Runs) -> Finding:
 
 
 def resume_exact(runs: Runs) -> Finding:
-    """Resumed after step 2, it trains what the uninterrupted run trains after step 2."""
+    """Resumed from a checkpoint, it trains what the uninterrupted run trains after that step."""
     whole, rest = _steps(runs, "base"), _steps(runs, "resumed")
     if not rest:
         return Finding("resume_exact", "not seen", _why(runs, "resumed"))
-    before, expected = Counter(_trained(whole[:2])), Counter(_trained(whole[2:]))
+    after = runs["resumed"]["after"]
+    before, expected = Counter(_trained(whole[:after])), Counter(_trained(whole[after:]))
     got = Counter(_trained(rest))
     again, skipped = sum(((got - expected) & before).values()), sum((expected - got).values())
-    same = _by_step(whole[2:]) == _by_step(rest)
+    same = _by_step(whole[after:]) == _by_step(rest)
     said = f"{again} tokens trained again, {skipped} skipped, of {sum(expected.values())}"
     return _found("resume_exact", not same, said + ("" if same else "; the steps differ"))
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from packcli.audit.crafted import MAX_LENGTH
 
-Trainer = Literal["packcli", "trl", "llamafactory"]
-TRAINERS: tuple[Trainer, ...] = ("packcli", "trl", "llamafactory")
+Trainer = Literal["packcli", "trl", "llamafactory", "axolotl"]
+TRAINERS: tuple[Trainer, ...] = ("packcli", "trl", "llamafactory", "axolotl")
 
 LR = 1e-30
 """So small that no weight moves: every step's gradient is read at the same weights."""
@@ -34,6 +34,11 @@ REFERENCES: dict[Trainer, dict[str, dict[str, Any]]] = {
         "padded": {},
         "neat_packing, train_on_prompt": {"packing": True, "neat_packing": True, "train_on_prompt": True},
     },
+    "axolotl": {
+        "sample_packing": {"sample_packing": True},
+        "sample_packing, all tokens": {"sample_packing": True, "train_on_inputs": True},
+        "padded": {"sample_packing": False},
+    },
 }
 
 # Keys of a user's configuration that an audit sets itself, beside those of `arguments`: model, data, devices.
@@ -49,7 +54,12 @@ _OWN = (
     "trust_remote_code", "ddp_timeout", "per_device_eval_batch_size", "load_best_model_at_end",
     "save_only_model", "attn_implementation", "flash_attn", "model_init_kwargs", "eos_token",
     "chat_template_path", "report_to", "logging_dir", "save_total_limit", "activation_offloading",
-    "torch_compile", "cache_dir", "tokenized_path", "use_flash_attn",
+    "torch_compile", "cache_dir", "tokenized_path", "use_flash_attn", "base_model", "base_model_config",
+    "model_type", "tokenizer_type", "tokenizer_config", "chat_template", "special_tokens", "tokens", "adapter",
+    "lora_model_dir", "lora_target_linear", "load_in_8bit", "dataset_prepared_path", "dataset_processes",
+    "test_datasets", "wandb_project", "wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "plugins",
+    "flash_attention", "sdp_attention", "eager_attention", "xformers_attention", "flex_attention",
+    "sage_attention", "deepspeed", "evals_per_epoch", "saves_per_epoch", "loss_watchdog_threshold",
 )  # fmt: skip
 
 
@@ -94,9 +104,12 @@ def jobs(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
     runs = [_run(subject, name, *sizes) for name, sizes in shape.items()]
     if subject.trainer == "packcli":
         runs.append(_run(subject, "stopped", 2, 2, stop_after=2))
-        runs.append({**_run(subject, "resumed", 2, 2), "resume": "stopped"})
+        runs.append({**_run(subject, "resumed", 2, 2), "resume": "stopped", "after": 2})
     else:
-        runs.append({**_run(subject, "resumed", 2, 2), "resume": "base/checkpoint-2"})
+        # axolotl's packing leaves two steps of the crafted documents.
+        after = 1 if subject.trainer == "axolotl" else 2
+        resumed = {"resume": f"base/checkpoint-{after}", "after": after}
+        runs.append({**_run(subject, "resumed", 2, 2), **resumed})
     gloo = {} if subject.trainer == "packcli" else {"ddp_backend": "gloo"}
     together = [_run(subject, "ranks", 2, 1, **gloo)]
     return {"configuration": subject.configuration, "runs": runs}, {
@@ -124,6 +137,29 @@ def _arguments(trainer: Trainer, batch: int, accumulation: int) -> dict[str, Any
             "weight_decay": 0.0,
         }
         return {**step, "weight_decay": 0.0, "clip": None, "threads": 1, "max_length": MAX_LENGTH}
+    if trainer == "axolotl":
+        return {
+            "micro_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "num_epochs": 1,
+            "sequence_len": MAX_LENGTH,
+            "learning_rate": LR,
+            "lr_scheduler": "constant",
+            "optimizer": "adamw_torch",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "save_total_limit": 100,
+            "val_set_size": 0,
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            "gradient_checkpointing": False,
+            "attn_implementation": "sdpa",
+        }
     return {
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,

@@ -232,7 +232,7 @@ def _grouped(
     group = groups.of[offered]
     if groups.likeness is None:
         return grouping.together(lengths, group, max_length, pack, generator)
-    return grouping.apart(lengths, group, groups.likeness, max_length, pack, generator)
+    return grouping.apart(lengths, group, groups.likeness, max_length, generator)
 
 
 def _whole(packer: Packer) -> grouping.Pack:
