@@ -270,6 +270,7 @@ def test_two_time_limits_cost_no_step_and_no_bit(
     assert (weights(sweep, sweep.train()), losses(sweep, sweep.train())) == uninterrupted(2)
 
 
+@pytest.mark.soak
 def test_each_element_of_an_array_is_requeued_and_no_other(cluster: Cluster, base: Path, tmp_path: Path) -> None:
     # The last element of an array has the array's own id as SLURM_JOB_ID.
     keys = {"matrix": {"arm": ["best_fit"], "train.lr": [1.0e-3, 2.0e-3, 3.0e-3], "seed": [0]}}
@@ -363,7 +364,9 @@ def test_a_rank_that_is_killed_is_another_attempt_and_three_of_them_are_enough(
 # Submission ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", ["submitted.json:before", "submitted.json:after"])
+@pytest.mark.parametrize(
+    "point", ["submitted.json:before", pytest.param("submitted.json:after", marks=pytest.mark.soak)]
+)
 def test_a_submission_that_is_killed_half_way_is_completed_and_no_job_comes_twice(
     cluster: Cluster, base: Path, tmp_path: Path, point: str
 ) -> None:

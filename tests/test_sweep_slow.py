@@ -132,7 +132,11 @@ def survivors(runs: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "reached", [pytest.param(_tokens_written, marks=pytest.mark.soak), _base_half_trained, _some_scored]
+    "reached",
+    [
+        *(pytest.param(reached, marks=pytest.mark.soak) for reached in (_tokens_written, _base_half_trained)),
+        _some_scored,
+    ],
 )
 def test_a_killed_sweep_run_again_gives_the_same_table_and_leaves_no_process(
     uninterrupted: Path, tmp_path: Path, reached: Callable[[Path], bool]
@@ -245,6 +249,7 @@ def test_a_missing_benchmark_leaves_the_table_and_exits_6(real_sweep: Path, tmp_
     assert done.stderr.count("error:") == 1
 
 
+@pytest.mark.soak
 def test_two_ranks_train_what_one_does(real_sweep: Path, tmp_path: Path) -> None:
     """FSDP2 over gloo: sharded weights, gradients reduced over ranks, uneven rows, one manifest."""
     common = ("--set", "data.max_documents=300", "--set", "train.global_batch=5", "--only", "arm=best_fit")
