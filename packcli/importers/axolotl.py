@@ -80,16 +80,14 @@ def fill(draft: Draft, processes: int | None) -> None:
     dialect.training(draft, DIALECT, processes)
     _adapters(draft)
     _arm(draft)
-    for why, keys in _NO_EFFECT.items():
-        for key in keys:
-            draft.ignore(key, why)
-    for key, (why, do) in _NOT_CARRIED.items():
-        draft.drop(key, why, do)
+    dialect.own(draft, _NO_EFFECT, _NOT_CARRIED)
 
 
 def _data(draft: Draft) -> None:
     source = draft.source
     found = source.get("datasets")
+    if found is None:
+        raise ConfigError(f"{source.path}: no `datasets`", "packcli needs to know the data: put it in")
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ConfigError(f"{source.path}: `datasets` is no list of blocks", "see axolotl's docs/dataset_loading")
     roles: list[Any] = []

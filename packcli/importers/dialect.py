@@ -119,6 +119,17 @@ def training(draft: Draft, of: Dialect, processes: int | None) -> None:
         draft.ignore("gradient_checkpointing", "it is off")
 
 
+def own(
+    draft: Draft, no_effect: Mapping[str, tuple[str, ...]], not_carried: Mapping[str, tuple[str, str]]
+) -> None:
+    """A trainer's own keys: those of no effect, by why; those that are not carried, with why and what to do."""
+    for why, keys in no_effect.items():
+        for key in keys:
+            draft.ignore(key, why)
+    for key, (why, do) in not_carried.items():
+        draft.drop(key, why, do)
+
+
 def remaining(draft: Draft) -> None:
     """What no part of an importer has dealt with, as far as it is known."""
     for why, keys in NO_EFFECT.items():

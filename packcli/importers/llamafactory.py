@@ -80,11 +80,7 @@ def fill(draft: Draft, processes: int | None) -> None:
     dialect.training(draft, DIALECT, processes)
     _adapters(draft)
     _arm(draft)
-    for why, keys in _NO_EFFECT.items():
-        for key in keys:
-            draft.ignore(key, why)
-    for key, (why, do) in _NOT_CARRIED.items():
-        draft.drop(key, why, do)
+    dialect.own(draft, _NO_EFFECT, _NOT_CARRIED)
 
 
 def _data(draft: Draft) -> None:
