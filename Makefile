@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard $(CONSTRAINTS))
 reproduce: setup
 	@$(BIN)/packcli sweep $(SWEEP) --runs $(RUNS)
 
-# Which of the things that packing changes does it: on the toy, one at a time, ten seeds (docs/ladder.md).
+# Which of the things that packing changes does it: on the toy, one at a time, ten seeds (docs/why.md).
 attribution: setup
 	@$(BIN)/packcli sweep sweeps/attribution_tiny.yaml --runs $(RUNS)
 	@$(BIN)/packcli report sweeps/attribution_tiny.yaml --runs $(RUNS) --format ladder --figures $(RUNS)/figures

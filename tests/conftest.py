@@ -33,6 +33,8 @@ SHARED_DATA = REPO.parent / "shared" / "data"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two test processes on two cores: threads of each would wait for those of the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Machines that run tests are shared and slow: no test fails for being late by itself.
 settings.register_profile("packcli", deadline=None)

@@ -251,6 +251,7 @@ def test_a_node_that_crashes_under_a_four_node_training_changes_no_bit_of_its_we
     assert (weights(sweep, sweep.train()), losses(sweep, sweep.train())) == uninterrupted(4)
 
 
+@pytest.mark.soak  # one signal and one requeue are in the test of a preemption
 def test_two_time_limits_cost_no_step_and_no_bit(
     cluster: Cluster, long: Callable[..., Sweep], uninterrupted: Callable[[int], tuple[str, list[float]]]
 ) -> None:

@@ -57,7 +57,7 @@ def kill_with_two_checkpoints(run: Training) -> None:
 
 # Killed ---------------------------------------------------------------------------------------------------
 
-# Each life is a fork that has torch loaded but has not used it; life k is killed as it reports step k.
+# Each life is a fork that has torch loaded but has not used it, killed as it reports its step; the last one is not.
 LIVES = """
     import os, signal, sys
     from pathlib import Path
@@ -68,7 +68,7 @@ LIVES = """
     store = Store(Path("runs"))
     plan = stages.make_plan(sweepfile.load(Path(sys.argv[1]), (), ()), store)
     [order] = plan.trains.values()
-    for life in range(1, 22):
+    for life in (*map(int, sys.argv[2:]), None):
         if not (child := os.fork()):
             def note(step, steps, remark):
                 if step == life:
@@ -80,16 +80,18 @@ LIVES = """
 
 
 @slow
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_case_20_killed_at_every_step_it_ends_bitwise_where_an_uninterrupted_run_does(
-    training: Callable[..., Training],
+    training: Callable[..., Training], every: int
 ) -> None:
+    deaths = range(every, 21, every)
     run = training(**TRAIN)
     assert run.cli("train").code == 0
     whole = run.steps()
     final = {path.name: path.read_bytes() for path in (run.directory / "final").iterdir()}
     run.forget()
-    lives = python(LIVES, run.sweep, cwd=run.cwd)
-    assert lives.stdout.split() == ["-9"] * 20 + ["0"], lives.stderr
+    lives = python(LIVES, run.sweep, *deaths, cwd=run.cwd)
+    assert lives.stdout.split() == ["-9"] * len(deaths) + ["0"], lives.stderr
     assert [normalized(step) for step in run.steps()] == [normalized(step) for step in whole]
     assert {path.name: path.read_bytes() for path in (run.directory / "final").iterdir()} == final
 

@@ -53,7 +53,7 @@ def _figure(ladders: Sequence[Ladder]) -> Figure:
 def _waterfall(axes: Axes, ladder: Ladder) -> None:
     setting = words.name(ladder.setting)
     seeds = f"{len(ladder.seeds)} seed{'' if len(ladder.seeds) == 1 else 's'}"
-    axes.set_title(f"{plain(ladder.name)}, {seeds}{f', {setting}' if setting else ''}")
+    axes.set_title(f"{plain(ladder.name)}, {seeds}{f', {setting}' if setting else ''}", pad=14)
     level = 100 * (ladder.rungs[0].average or 0.0)
     axes.bar(0, level, color=_END, width=0.7)
     axes.annotate(f"{level:.1f}", (0, level), xytext=(0, 3), textcoords="offset points", ha="center")
