@@ -57,7 +57,7 @@ def kill_with_two_checkpoints(run: Training) -> None:
 
 # Killed ---------------------------------------------------------------------------------------------------
 
-# Each life is a fork that has torch loaded but has not used it, killed as it reports its step; the last one is not.
+# Each life is a fork that has torch loaded but has not used it, killed as it reports its step; the last is not.
 LIVES = """
     import os, signal, sys
     from pathlib import Path
