@@ -99,17 +99,22 @@ def sharing(row: Ints, group: Ints) -> dict[str, Any]:
     """Who meets whom. `row`, `group` [N] int64: of each document that lies in a row (twice, if it lies in two).
 
     groups          there are
+    without         documents of no group (-1), counted as often as they lie in a row: of a kind with nobody
     rows_shared     rows of two documents or more; `rows_pure`: of these, those that hold one group
     pairs           of documents in a row; `pairs_within`: of these, those of one group
     pairs_by_chance share of pairs of one group if the same documents met at random
     """
+    nobodys = group < 0
+    groups = int(group.max(initial=-1)) + 1
+    group = np.where(nobodys, groups + np.cumsum(nobodys), group)
     many, sizes = np.unique(row, return_counts=True), np.bincount(group)
     key, together_ = np.unique(row * (int(group.max(initial=0)) + 1) + group, return_counts=True)
     held = np.bincount(np.searchsorted(many[0], key // (int(group.max(initial=0)) + 1)), minlength=len(many[0]))
     shared = many[1] > 1
     everyone = len(group) * (len(group) - 1)
     return {
-        "groups": int((sizes > 0).sum()),
+        "groups": int((sizes[:groups] > 0).sum()),
+        "without": int(nobodys.sum()),
         "rows_shared": int(shared.sum()),
         "rows_pure": int((shared & (held == 1)).sum()),
         "pairs": int((many[1] * (many[1] - 1)).sum() // 2),

@@ -170,9 +170,8 @@ def prepare_index(order: IndexOrder, store: Store, note: Note = silent) -> Manif
         documents = open_tokens(store, source)
         groups = alike.groups(order, documents, source.results["vocab_size"], note)
         built, held_out, ledger = index.build(order, documents, *counts, marks, groups)
-        by = {name: documents.field(name)[0] for name in source.spec.get("fields", ())}
-        if groups is not None:
-            by[order.layout.group_by] = groups.of
+        by = {} if groups is None else {order.layout.group_by: groups.of}
+        by |= {name: alike.said(documents, name) for name in source.spec.get("fields", ())}
         shares = {name: index.sharing(built, of) for name, of in by.items()}
         index.write(store.rows(order.id), built)
         index.write(store.validation(order.id), held_out)

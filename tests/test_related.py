@@ -114,19 +114,25 @@ def test_of_groups_that_are_not_the_same_the_less_like_share_a_row() -> None:
     assert sum(pair in ({0, 1}, {2, 3}) or len(pair) == 1 for pair in pairs) < len(pairs) / 10
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=40))
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(-1, 4)), min_size=1, max_size=40))
 def test_meetings_are_counted_as_one_by_one(pairs: list[tuple[int, int]]) -> None:
     row, group = np.array(pairs, np.int64).T
     found = grouping.sharing(row, group)
     meetings = [(a, b) for n, a in enumerate(pairs) for b in pairs[:n]]
     together = [(a, b) for a, b in meetings if a[0] == b[0]]
     rows = {one: [g for r, g in pairs if r == one] for one, _ in pairs}
-    assert (found["pairs"], found["groups"]) == (len(together), len({g for _, g in pairs}))
-    assert found["pairs_within"] == sum(a[1] == b[1] for a, b in together)
+
+    def alike(*kinds: int) -> bool:
+        return -1 not in kinds and len(set(kinds)) == 1
+
+    assert (found["pairs"], found["groups"]) == (len(together), len({g for _, g in pairs if g >= 0}))
+    assert found["without"] == sum(g < 0 for _, g in pairs)
+    assert found["pairs_within"] == sum(alike(a[1], b[1]) for a, b in together)
     assert found["rows_shared"] == sum(len(held) > 1 for held in rows.values())
-    assert found["rows_pure"] == sum(len(held) > 1 and len(set(held)) == 1 for held in rows.values())
+    assert found["rows_pure"] == sum(len(held) > 1 and alike(*held) for held in rows.values())
     if meetings:
-        assert found["pairs_by_chance"] == pytest.approx(sum(a[1] == b[1] for a, b in meetings) / len(meetings))
+        chance = sum(alike(a[1], b[1]) for a, b in meetings) / len(meetings)
+        assert found["pairs_by_chance"] == pytest.approx(chance)
 
 
 # The ledger --------------------------------------------------------------------------------------------
@@ -216,6 +222,12 @@ def test_a_field_is_read_from_every_shard_and_what_lacks_it_is_a_group_of_its_ow
     assert set(opened.field("absent")[0].tolist()) == {0}
 
 
+def test_a_mistyped_field_passes_for_perfect_grouping(prepared: Any) -> None:
+    _, opened, vocabulary = prepared
+    with pytest.raises(DataError, match="no record has a field `absent`"):
+        alike.groups(order_by("absent"), opened, vocabulary, silent)
+
+
 def test_a_field_that_was_not_kept_is_refused_with_the_line_to_add(prepared: Any) -> None:
     _, opened, vocabulary = prepared
     with pytest.raises(ConfigError, match="keeps no field `topic`") as error:
@@ -285,7 +297,9 @@ def test_prepare_says_who_shares_rows_by_every_field_and_by_its_own_groups(prepa
     )
     assert plain["sharing"].keys() == {"subject", "absent"}
     assert grouped["sharing"].keys() == {"subject", "absent", "similarity"}
-    assert plain["sharing"]["subject"]["groups"] == 4, "three, and what names none"
+    assert plain["sharing"]["subject"]["groups"] == 3
+    assert plain["sharing"]["subject"]["without"] > 0
+    assert (plain["sharing"]["absent"]["groups"], plain["sharing"]["absent"]["pairs_within"]) == (0, 0)
     found = grouped["sharing"]["subject"]
     assert found["pairs_within"] / found["pairs"] > 2 * found["pairs_by_chance"]
     assert plain["sharing"]["subject"]["pairs_by_chance"] == found["pairs_by_chance"]

@@ -26,7 +26,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from packcli.data.tokens import Tokens
-from packcli.errors import MissingError
+from packcli.errors import DataError, MissingError
 from packcli.grouping import Groups
 from packcli.plan import IndexOrder
 from packcli.seeds import integer, rng
@@ -49,6 +49,7 @@ def groups(order: IndexOrder, tokens: Tokens, vocabulary: int, note: Note) -> Gr
 
     Raises:
         ConfigError: the store does not keep that field.
+        DataError: no record has it.
         MissingError: similarity without scikit-learn.
     """
     match order.layout.group_by:
@@ -61,7 +62,16 @@ def groups(order: IndexOrder, tokens: Tokens, vocabulary: int, note: Note) -> Gr
         case "near_duplicates":
             return Groups(_near_duplicates(order, tokens, note))
         case field:
-            return Groups(tokens.field(field)[0])
+            of, said = tokens.field(field)
+            if not any(said):
+                raise DataError(f"no record has a field `{field}`", "name one in `group_by` that the data has")
+            return Groups(of)
+
+
+def said(tokens: Tokens, field: str) -> Ints:
+    """[D] int64: a number for what each document's record says in a kept field, -1 where it says nothing."""
+    of, values = tokens.field(field)
+    return np.where(np.array([value is None for value in values], bool)[of], -1, of)
 
 
 def _clusters(order: IndexOrder, tokens: Tokens, vocabulary: int, note: Note) -> tuple[Ints, NDArray[np.float32]]:

@@ -183,7 +183,7 @@ class Tokens:
                 first = last
 
     def field(self, name: str) -> tuple[Ints, list[str | None]]:
-        """([D] int64, what they stand for): what each document's record says in one of the kept fields.
+        """([D] int64, what they stand for): what each document's record says in one of the kept fields, or None.
 
         Raises:
             ConfigError: the field was not kept.

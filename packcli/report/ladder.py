@@ -307,7 +307,12 @@ def notes(ladders: Sequence[Ladder]) -> list[str]:
         "sums of these ladders (Holm); bold where it is below 0.05. Rungs add up to the last row.",
         "What a factor does hangs on those before it: compare ladders that take them in another order.",
     ]
-    several = [f"`{rung.arm}`" for ladder in ladders for rung in ladder.rungs if len(rung.changes) > 1]
+    several = [
+        " at ".join([f"`{rung.arm}`", *(f"{axis} {value}" for axis, value in rung.at.items())])
+        for ladder in ladders
+        for rung in ladder.rungs
+        if len(rung.changes) > 1
+    ]
     if several:
         arms = words.listed(list(dict.fromkeys(several)))
         lines.append(f"more than one thing changes at {arms}: such a rung tells what they do together.")

@@ -89,7 +89,7 @@ def table(document: dict[str, Any]) -> Fitted:
     return Fitted(shown, caption=caption)
 
 
-_SHARING = ("  groups", "  pairs of one group", "    by chance", "  rows of one group")
+_SHARING = ("  groups", "  documents of none", "  pairs of one group", "    by chance", "  rows of one group")
 
 
 def _shared(shares: dict[str, Any] | None) -> list[str]:
@@ -100,7 +100,7 @@ def _shared(shares: dict[str, Any] | None) -> list[str]:
     pairs, rows = (f"{part / whole:.1%}" if whole else "-" for part, whole in parts)
     by_chance = shares["pairs_by_chance"]
     chance = "-" if by_chance is None else f"{by_chance:.1%}"
-    return ["", "", f"{shares['groups']:,}", pairs, chance, rows]
+    return ["", "", f"{shares['groups']:,}", f"{shares.get('without', 0):,}", pairs, chance, rows]
 
 
 def _columns(document: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
