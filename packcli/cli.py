@@ -653,6 +653,47 @@ def verify(
     typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
 
 
+@app.command()
+def doctor(
+    sweep: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="SWEEP", show_default=False, help="Also whether all that this sweep needs is here."
+        ),
+    ] = None,
+    on: Annotated[
+        str,
+        typer.Option("--on", metavar="local|PROFILE", help="Also whether SLURM takes what a profile asks for."),
+    ] = "local",
+    only: Only = None,
+    set_: Sets = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Say what this machine can do, what is missing, and what to type. Exits 6 when something is broken."""
+    from packcli import fetch
+    from packcli.doctor import command
+    from packcli.doctor.sweep import Sweep
+    from packcli.launch.profile import load as load_profile
+
+    if sweep is None and (only or set_):
+        raise ConfigError("--only and --set are for a sweep", "name its file: `packcli doctor SWEEP`")
+    profile = None if on == "local" else load_profile(Path(on))
+    asked = None
+    if sweep is not None:
+        plan, store = _open(sweep, set_, only, runs)
+        asked = Sweep(plan, store, fetch.remote(plan), here=profile is None)
+    found = command.examine(runs, asked, profile)
+    if json:
+        console.print_json(command.document(found))
+    else:
+        console.show(command.table(found))
+        for line in command.lines(found):
+            typer.echo(log.plain(line))
+    if not command.is_well(found):
+        raise typer.Exit(6)
+
+
 @app.command("audit")
 def audit_(
     trl: Annotated[

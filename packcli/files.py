@@ -22,7 +22,7 @@ from packcli.errors import LockedError, MissingError
 
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
-_LOOKS, _LOOK_S = 4, 0.05
+_LOOKS, _LOOK_S, _PATIENCE_S = 10, 0.02, 10.0
 
 
 def digest(value: object) -> str:
@@ -167,15 +167,27 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def _take(descriptor: int) -> bool:
-    """Lock a file for oneself; whoever only looks whether it is locked holds it for a moment."""
-    for attempt in range(_LOOKS):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_LOOK_S if attempt + 1 < _LOOKS else 0)
-        else:
+    """Lock a file for oneself. Who only looks whether it is locked shares it for a moment, and is waited for; a
+    writer may be about to die.
+    """
+    deadline, refused = time.monotonic() + _PATIENCE_S, 0
+    while refused < _LOOKS and time.monotonic() < deadline:
+        if _flock(descriptor, fcntl.LOCK_EX):
             return True
+        if _flock(descriptor, fcntl.LOCK_SH):  # nobody writes
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        else:
+            refused += 1
+        time.sleep(_LOOK_S)
     return False
+
+
+def _flock(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

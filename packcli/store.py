@@ -263,7 +263,10 @@ class Store:
             return "done"
         if self.failure_file(kind, id_).exists():
             return "failed"
-        return "running" if is_locked(self.directory(kind, id_) / ".lock") else "pending"
+        if is_locked(self.directory(kind, id_) / ".lock"):
+            return "running"
+        # It may have ended since the first look, and is not to go back to where it was before it began.
+        return "done" if self.manifest_file(kind, id_).exists() else "pending"
 
     def begun(self) -> set[tuple[str, str]]:
         """Stages that have a directory: to ask about a thousand others takes no look at each."""

@@ -87,6 +87,11 @@ class FakeSlurm:
             fault = {"command": command, "stderr": stderr, "at": at, "code": code}
             state["faults"].append({**fault, "accepts": accepts, "kills": kills})
 
+    def config(self, text: str) -> None:
+        """What `scontrol show config` prints."""
+        with changing(self.directory) as state:
+            state["config"] = text
+
     def mend(self) -> None:
         """No more faults."""
         with changing(self.directory) as state:
@@ -146,6 +151,8 @@ def accept(state: dict[str, Any], asked: dict[str, str], script: str, user: str)
 
 
 def sbatch(state: dict[str, Any], arguments: list[str]) -> tuple[int, str, str]:
+    if "--version" in arguments:
+        return 0, "slurm 22.05.8", ""
     script = Path(arguments[-1]).read_text()
     asked = options(script)
     if "--test-only" in arguments:
@@ -208,10 +215,19 @@ def sinfo(state: dict[str, Any], arguments: list[str]) -> tuple[int, str, str]:
     """Partitions of eight nodes, half of them with four GPUs and half with eight."""
     if not any("%G" in argument for argument in arguments):
         return 0, "\n".join(state["partitions"]), ""
-    lines = [
-        f"{name}|4|{gpus}" for name in state["partitions"] for gpus in ("gpu:a100:4(S:0-1)", "gpu:8,shard:16")
-    ]
+    shape = next(argument for argument in arguments if "%G" in argument).partition("=")[2]
+    limits = "%a" in shape  # then the default partition is marked, too
+    lines = []
+    for number, name in enumerate(state["partitions"]):
+        for gpus in ("gpu:a100:4(S:0-1)", "gpu:8,shard:16"):
+            mark = "*" if limits and number == 0 else ""
+            one = {"P": name + mark, "a": "up", "l": "1-00:00:00", "D": "4", "G": gpus}
+            lines.append(re.sub(r"%(\w)", lambda found, one=one: one[found[1]], shape))  # type: ignore[misc]
     return 0, "\n".join(lines), ""
+
+
+def scontrol(state: dict[str, Any], arguments: list[str]) -> tuple[int, str, str]:
+    return 0, state.get("config", "") if arguments == ["show", "config"] else "", ""
 
 
 def main(directory: Path, command: str, arguments: list[str]) -> int:
@@ -221,10 +237,10 @@ def main(directory: Path, command: str, arguments: list[str]) -> int:
         number = sum(call[0] == name for call in state["calls"])
         fault = next((f for f in state["faults"] if f["command"] == name and f["at"] in (None, number)), None)
         code, out, err = 0, "", ""
-        if command not in ("scontrol", "srun") and (fault is None or fault["accepts"]):
+        if command != "srun" and (fault is None or fault["accepts"]):
             code, out, err = {
                 "sbatch": sbatch, "squeue": squeue, "sacct": sacct, "scancel": scancel,
-                "sinfo": sinfo,
+                "sinfo": sinfo, "scontrol": scontrol,
             }[command](state, list(arguments))  # fmt: skip
     if fault is not None:
         if fault["kills"]:

@@ -42,6 +42,7 @@ OPTIONS = {
     "status": SELECTING,
     "report": SELECTING | {"--format", "--figures", "--against", "--all", "--strict"},
     "verify": {"--help"},
+    "doctor": SELECTING | {"--on"},
     "audit": {
         "--trl",
         "--llamafactory",

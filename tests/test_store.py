@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,29 @@ def test_a_lock_names_its_present_holder_and_not_an_earlier_one(tmp_path: Path) 
     (tmp_path / ".lock").write_text("99999999999\n")
     with locked(tmp_path, "it"):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_who_only_looks_at_a_lock_is_taken_for_its_holder(tmp_path: Path) -> None:
+    """Sixteen who print the state of a sweep may look at a stage for longer than its writer was once patient."""
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        threading.Timer(0.4, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
+        with locked(tmp_path, "it"), pytest.raises(LockedError), locked(tmp_path, "it"):
+            pass
+
+
+def test_a_stage_that_ends_between_two_looks_goes_back_to_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Store(tmp_path / "runs")
+
+    def ends(path: Path) -> bool:
+        finish(runs, "x")
+        return False
+
+    monkeypatch.setattr(store, "is_locked", ends)
+    assert runs.state("eval", "x") == "done"
 
 
 def test_a_missing_short_or_changed_file_is_found(tmp_path: Path) -> None:

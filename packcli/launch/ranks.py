@@ -87,9 +87,13 @@ class _Rank:
     """Its exit code, where it ended without a word."""
 
 
+def has_gpu_driver() -> bool:
+    return any(path for name in _GPU_DRIVERS for path in Path("/dev").glob(name))
+
+
 def gpus() -> int:
     """How many GPUs torch would use. Its import takes seconds, so it is not asked where there is no driver."""
-    if not any(path for name in _GPU_DRIVERS for path in Path("/dev").glob(name)):
+    if not has_gpu_driver():
         return 0
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from packcli.errors import ConfigError, MissingError, PackcliError
+from packcli.launch.allowed import minutes
 from packcli.launch.script import COMMENT
 
 _ANSWER_S = 120.0
+_LOOK_S = 15.0  # of a look that nothing depends on
 _TRIES = 5
 _FIRST_PAUSE_S = 2.0
 # `sbatch` may have been heard although its answer was not: what was submitted is looked up before another try.
@@ -73,6 +75,36 @@ class PartitionSize:
 
     nodes: int
     gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """`time_min`: the longest job; None: no limit. `gpus`: of the node that has the most."""
+
+    name: str
+    is_default: bool
+    is_up: bool
+    time_min: int | None
+    nodes: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What SLURM says of itself.
+
+    requeues      whether a preempted job is put back into the queue; None: nothing is preempted.
+    signals       whether a preempted job gets the signal that it asked for, not SIGTERM.
+    accounting    whether it is known how jobs ended.
+    max_array     elements of an array are numbered below it; None: it does not say.
+    """
+
+    version: str
+    requeues: bool | None
+    signals: bool
+    kill_wait_s: int | None
+    accounting: bool
+    max_array: int | None
 
 
 def is_here() -> bool:
@@ -193,12 +225,75 @@ def partition_sizes() -> dict[str | None, PartitionSize]:
     answer = _call(["sinfo", "--noheader", "--format=%P|%D|%G"])
     sizes: dict[str | None, PartitionSize] = {}
     for name, count, resources in re.findall(r"^([^|]+)\|(\d+)\|(.*)$", answer.stdout, re.MULTILINE):
-        # `gpu:8`, `gpu:a100:8(S:0-1)`, `craynetwork:4,gpu:h100:4`, `(null)`
-        gpus = sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", resources)))
+        gpus = _gpus(resources)
         for key in {name.rstrip("*"), None} if name.endswith("*") else {name}:
             before = sizes.get(key, PartitionSize(0, 0))
             sizes[key] = PartitionSize(before.nodes + int(count), max(before.gpus, gpus))
     return sizes
+
+
+def _gpus(resources: str) -> int:
+    """Of `gpu:8`, `gpu:a100:8(S:0-1)`, `craynetwork:4,gpu:h100:4`, `(null)`."""
+    return sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", resources)))
+
+
+def cluster() -> Cluster:
+    """What `scontrol show config` and `sacct` say.
+
+    Raises:
+        MissingError: SLURM does not answer.
+    """
+    answer = _call(["scontrol", "show", "config"], _LOOK_S)
+    if answer.returncode:
+        raise _failed("scontrol", answer)
+    said = dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", answer.stdout, re.MULTILINE))
+    # What a job that is preempted meets: "OFF", "REQUEUE", "CANCEL", "GANG,SUSPEND".
+    mode = said.get("PreemptMode", "OFF").upper()
+    off = mode == "OFF" or said.get("PreemptType", "").endswith("none")
+    known = _call(
+        ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID", "--jobs", "1"], _LOOK_S
+    )
+    return Cluster(
+        version=_call(["sbatch", "--version"], _LOOK_S).stdout.strip().removeprefix("slurm ") or "unknown",
+        requeues=None if off else "CANCEL" not in mode,
+        signals="preempt_send_user_signal" in said.get("SlurmctldParameters", ""),
+        kill_wait_s=_number(said.get("KillWait")),
+        accounting=known.returncode == 0,
+        max_array=_number(said.get("MaxArraySize")),
+    )
+
+
+def _number(text: str | None) -> int | None:
+    """The first number in `30 sec` or `1001`."""
+    found = re.match(r"\d+", text or "")
+    return int(found[0]) if found else None
+
+
+def limits() -> list[Partition]:
+    """Every partition, with what a job there may ask for.
+
+    Raises:
+        MissingError: SLURM does not answer.
+    """
+    answer = _call(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%G"], _LOOK_S)
+    if answer.returncode:
+        raise _failed("sinfo", answer)
+    found: dict[str, Partition] = {}
+    for line in answer.stdout.splitlines():
+        if line.count("|") != 4:
+            continue
+        name, up, longest, nodes, resources = line.split("|")
+        try:
+            time_min = minutes(longest)
+        except ValueError:  # `infinite`, `n/a`
+            time_min = None
+        own = Partition(
+            name.rstrip("*"), name.endswith("*"), up.startswith("up"), time_min, int(nodes), _gpus(resources)
+        )
+        before = found.get(own.name, own)
+        together = own.nodes + (before.nodes if before is not own else 0)
+        found[own.name] = replace(own, nodes=together, gpus=max(own.gpus, before.gpus))
+    return list(found.values())
 
 
 def _refusal(stderr: str) -> PackcliError:
@@ -234,11 +329,11 @@ def _patient(command: list[str], tries: int = _TRIES) -> subprocess.CompletedPro
     return _call(command)
 
 
-def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _call(command: list[str], answer_s: float = _ANSWER_S) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # long lists of elements whole, not with `...`
     try:
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+            command, env=environment, capture_output=True, text=True, timeout=answer_s, check=False
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer: socket timed out")

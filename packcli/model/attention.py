@@ -31,7 +31,8 @@ _INERT = frozenset({"position_ids", "use_cache", "cache_position", "logits_to_ke
 """What models hand to attention that changes nothing in it."""
 
 _INSTALL = {
-    "flash": "pip install 'packcli[flash]' on a machine with CUDA, or set `train.attention_backend: auto`",
+    "flash": "pip install 'packcli[flash]' on a machine with CUDA, or set `train.attention_backend: auto`; "
+    "`packcli doctor` tries every backend",
     "varlen": "use a GPU, torch >= 2.11 and `model.dtype: bfloat16`, or set `train.attention_backend: auto`",
     "flex": "use an NVIDIA GPU and a torch that comes with triton, or set `train.attention_backend: auto`",
 }
