@@ -36,9 +36,11 @@ test-slow: setup
 test-slurm: setup
 	@$(BIN)/python -m pytest -m 'slurm and not soak' -rs --durations=12
 
-# What CI leaves out: real time limits, nodes taken away. Needs what `make test-slurm` needs.
+# What CI leaves out: real time limits, nodes taken away. Needs what `make test-slurm` needs. Then the fuzzers, at
+# length; the last lines say how many inputs they tried.
 soak: setup
 	@$(BIN)/python -m pytest -m soak -rs --durations=0
+	@HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_fuzz.py --timeout=3600
 
 check: setup
 	@$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,6 +47,10 @@ Only = Annotated[
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key. Repeatable.")
 ]
+MaxCells = Annotated[
+    int | None,
+    typer.Option("--max-cells", metavar="N", min=1, help="Refuse a sweep of more cells. [default: 10000]"),
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Processes = Annotated[
@@ -65,14 +70,17 @@ Format = Literal["table", "md", "csv", "latex", "json", "html", "ladder"]
 DEFAULT_RUNS = Path("runs")
 
 
-def _open(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path) -> tuple[Plan, Store]:
+def _open(
+    sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path, max_cells: int | None
+) -> tuple[Plan, Store]:
     """(plan, store) of a sweep file."""
     from packcli import stages, sweepfile
     from packcli.store import Store
 
     store = Store(runs)
     store.check(writable=False)
-    return stages.make_plan(sweepfile.load(sweep, sets or (), only or ()), store), store
+    spec = sweepfile.load(sweep, sets or (), only or (), max_cells or sweepfile.MAX_CELLS)
+    return stages.make_plan(spec, store), store
 
 
 def _typed(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path) -> str:
@@ -138,6 +146,7 @@ def prepare(
     ] = None,
     only: Only = None,
     set_: Sets = None,
+    max_cells: MaxCells = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -161,7 +170,7 @@ def prepare(
             "--tokenizer, --template and --max-length are for a data file with --plan",
             "with a sweep: --set model.tokenizer=... --set data.template=... --set data.max_length=...",
         )
-    plan, store = _open(Path(what), set_, only, runs)
+    plan, store = _open(Path(what), set_, only, runs, max_cells)
     if plan_only:
         _look(plan, store, "that of each cell", show, draw, json)
     elif part:
@@ -227,8 +236,8 @@ def _prepared_part(plan: Plan, store: Store, part: tuple[int, int], json: bool) 
         return
     for id_, count in made:
         own = len(range(part[0], count, part[1]))
-        typer.echo(f"tokens {id_}: part {part[0] + 1} of {part[1]} is done ({own} of {count} shards)")
-    typer.echo("when all parts are done, `packcli prepare` of the same sweep puts them together")
+        console.say(f"tokens {id_}: part {part[0] + 1} of {part[1]} is done ({own} of {count} shards)")
+    console.say("when all parts are done, `packcli prepare` of the same sweep puts them together")
 
 
 @app.command()
@@ -244,6 +253,7 @@ def train(
     allow_fallback: Fallback = False,
     only: Only = None,
     set_: Sets = None,
+    max_cells: MaxCells = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -264,7 +274,7 @@ def train(
             "several machines need --nnodes, --rdzv-endpoint, and a --node-rank below --nnodes",
             f"on machine K of 0 to {nnodes - 1}: --nnodes {nnodes} --node-rank K --rdzv-endpoint HOST:PORT",
         )
-    plan, store = _open(sweep, set_, only, runs)
+    plan, store = _open(sweep, set_, only, runs, max_cells)
     targets: list[tuple[Kind, str]] = [("train", id_) for id_ in plan.trains]
     stages_ = closure(plan, targets)
     missing = [s for s in stages_ if s[0] in ("tokens", "index") and store.state(*s) != "done"]
@@ -420,6 +430,7 @@ def sweep(
     unsafe_no_sandbox: Unsafe = False,
     only: Only = None,
     set_: Sets = None,
+    max_cells: MaxCells = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -439,9 +450,12 @@ def sweep(
             "--nproc-per-node and --grace are for this machine",
             f"on a cluster its profile says so: `processes_per_node` and `signal_s` in {on}",
         )
-    plan, store = _open(sweep, set_, only, runs)
+    plan, store = _open(sweep, set_, only, runs, max_cells)
     for problem in stages.preflight(plan, store):
         log.logger.warning("warning: %s; the rest of the sweep runs", problem.cause)
+    if repeated := plan.repeated():
+        first = " = ".join(" ".join(cell.labels.values()) for cell in repeated[0])
+        log.logger.info("%d runs are named by several cells, and done once: %s", len(repeated), first)
     if dry_run:
         _dry_run(plan, store, profile, _typed(sweep, set_, None, runs), json, max_gpu_hours)
         return
@@ -495,11 +509,11 @@ def _dry_run(
             console.show(part)
     if jobs is not None and not json:
         if not jobs["arrays"]:
-            typer.echo("nothing to submit: all is done, has its job, or would only fail again (--retry)")
+            console.say("nothing to submit: all is done, has its job, or would only fail again (--retry)")
         else:
             console.show(show.graph_table(jobs))
             for line in show.scripts(jobs):
-                typer.echo(line)
+                console.say(line)
     if most is not None:
         dryrun.check_budget(document, most)
 
@@ -533,7 +547,7 @@ def _submitted(plan: Plan, store: Store, outcome: Outcome, typed: str, *, wait: 
     if json and not wait:
         console.print_json(document)
     for line in () if json else show.outcome_lines(document, typed):
-        typer.echo(line, err=wait)
+        console.say(line, err=wait)
     if wait:
         from packcli.launch import follow
 
@@ -545,12 +559,17 @@ def _submitted(plan: Plan, store: Store, outcome: Outcome, typed: str, *, wait: 
 
 @app.command()
 def cancel(
-    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+    sweep: SweepFile,
+    only: Only = None,
+    set_: Sets = None,
+    max_cells: MaxCells = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
 ) -> None:
     """Stop what runs of a sweep, here or on a cluster: only its own processes and jobs."""
     from packcli.launch import cluster, local
 
-    plan, store = _open(sweep, set_, only, runs)
+    plan, store = _open(sweep, set_, only, runs, max_cells)
     processes = local.cancel(plan.name, store)
     for process in processes:
         log.logger.info("process %d: asked to write its checkpoints and stop", process)
@@ -558,25 +577,30 @@ def cancel(
     if json:
         console.print_json({"processes": processes, "jobs": jobs})
     else:
-        typer.echo(f"{len(processes):,} processes of this machine asked to stop, {len(jobs):,} jobs cancelled")
+        console.say(f"{len(processes):,} processes of this machine asked to stop, {len(jobs):,} jobs cancelled")
 
 
 @app.command()
 def status(
-    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+    sweep: SweepFile,
+    only: Only = None,
+    set_: Sets = None,
+    max_cells: MaxCells = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
 ) -> None:
     """Print the state of every cell, from disk and from SLURM, and why what failed did."""
     from packcli.launch import watch
     from packcli.report import status as statuses
 
-    plan, store = _open(sweep, set_, only, runs)
+    plan, store = _open(sweep, set_, only, runs, max_cells)
     document = statuses.collect(plan, store, watch.jobs(plan, store, _jobs_there(store)))
     if json:
         console.print_json(document)
         return
     console.show(statuses.table(document))
     for line in statuses.failure_lines(document):
-        typer.echo(log.plain(line))
+        console.say(line)
 
 
 @app.command()
@@ -598,6 +622,7 @@ def report(
     ] = None,
     only: Only = None,
     set_: Sets = None,
+    max_cells: MaxCells = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -605,7 +630,7 @@ def report(
     if json and format_ not in (None, "json"):
         raise ConfigError(f"`--json` and `--format {format_}` ask for two documents", "give one of them")
     with _no_garbage() as kept:
-        plan, store = _open(sweep, set_, only, runs)
+        plan, store = _open(sweep, set_, only, runs, max_cells)
         kept.append(plan)
         if store.begun().isdisjoint(plan.stages()):
             log.logger.warning("warning: nothing of `%s` has run in `%s` (see --runs)", plan.name, store.root)
@@ -650,7 +675,7 @@ def verify(
     """Check every file of a store, a stage directory or a checkpoint against its manifest."""
     from packcli.store import verify as verify_directory
 
-    typer.echo(f"{directory}: {verify_directory(directory)} files as their manifest says")
+    console.say(f"{directory}: {verify_directory(directory)} files as their manifest says")
 
 
 @app.command()
@@ -744,9 +769,9 @@ def audit_(
     if json:
         console.print_json(table.document(rows))
     elif rows:
-        typer.echo(table.markdown(rows)) if format_ == "md" else console.show(table.drawn(rows))
+        console.say(table.markdown(rows)) if format_ == "md" else console.show(table.drawn(rows))
         for line in table.evidence(rows):
-            typer.echo(log.plain(line))
+            console.say(line)
     console.finish(failures)
     if strict and (wrong := sum(finding.answer == "no" for row in rows for finding in row.findings)):
         raise IntegrityError(f"{wrong} answers are no", "--out DIR writes a script that shows each by itself")
@@ -754,12 +779,17 @@ def audit_(
 
 @app.command("fetch")
 def fetch_(
-    sweep: SweepFile, only: Only = None, set_: Sets = None, runs: Runs = DEFAULT_RUNS, json: Json = False
+    sweep: SweepFile,
+    only: Only = None,
+    set_: Sets = None,
+    max_cells: MaxCells = None,
+    runs: Runs = DEFAULT_RUNS,
+    json: Json = False,
 ) -> None:
     """Download model, data and benchmarks of a sweep, for nodes without internet."""
     from packcli import fetch
 
-    plan, _ = _open(sweep, set_, only, runs)
+    plan, _ = _open(sweep, set_, only, runs, max_cells)
     items = fetch.fetch(plan)
     document = fetch.document(plan, items)
     console.print_json(document) if json else console.show(fetch.table(document))
@@ -795,7 +825,7 @@ def import_config(
         console.print_json(imported.document(out))
         return
     for line in convert.lines(imported, out, written):
-        typer.echo(log.plain(line))
+        console.say(line)
 
 
 def _report(
@@ -831,10 +861,12 @@ def _report(
 def main() -> None:
     """The console script."""
     log.setup()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: not every terminal takes every sign
     try:
         code = app(standalone_mode=False) or 0
     except LeftError as error:
-        typer.echo(f"{error.cause}; {error.fix}", err=True)
+        console.say(f"{error.cause}; {error.fix}", err=True)
         sys.exit(error.exit_code)
     except PackcliError as error:
         # torchrun's ranks all raise what they share; memory is each one's own.

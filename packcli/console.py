@@ -13,9 +13,15 @@ from packcli import log
 _PIPE_WIDTH = 140
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Lines for a reader, with control characters shown and not obeyed: they may repeat what others wrote."""
+    typer.echo("\n".join(map(log.plain, log.masked(text).split("\n"))), err=err)
+
+
 def print_json(document: object) -> None:
     """The one document that `--json` promises; numpy's numbers are numbers."""
-    typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode())
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
+    typer.echo(log.plain_json(orjson.dumps(document, option=options).decode()))
 
 
 def show(renderable: Any) -> None:
@@ -48,4 +54,4 @@ def finish(failures: Iterable[Any]) -> None:
 def complain(cause: str, fix: str) -> None:
     """`error: <cause>`, a blank line, `hint: <fix>`, with control characters shown and not obeyed."""
     text = f"error: {cause}\n" + (f"\nhint: {fix}\n" if fix else "")
-    typer.echo("".join(part + "\n" for part in map(log.plain, text.splitlines())), err=True, nl=False)
+    say(text.removesuffix("\n"), err=True)

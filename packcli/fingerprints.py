@@ -89,16 +89,17 @@ class FileHashes:
     def __init__(self, store: Store) -> None:
         self._path = store.fingerprints_file()
         try:
-            self._known: dict[str, Any] = read_json(self._path)
+            known = read_json(self._path)
         except (OSError, ValueError):
-            self._known = {}
+            known = None
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
         self._changed = False
 
     def sha256(self, file: Path) -> str:
         stat = file.stat()
         name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         entry = self._known.get(name)
-        if not entry or entry["key"] != key:
+        if not isinstance(entry, dict) or entry.get("key") != key or not isinstance(entry.get("sha256"), str):
             entry = self._known[name] = {"key": key, "sha256": sha256_file(file)}
             self._changed = True
         return str(entry["sha256"])

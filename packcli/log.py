@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,10 +19,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("packcli")
 
+_SECRET = re.compile(
+    r"(?!.*(PATH|FILE|DIR)$).*(SECRET|PASSW|PASSPHRASE|TOKEN|CREDENTIAL|API_?KEY|ACCESS_?KEY|_KEY$)"
+)
+# DEL, control characters beyond ASCII, marks of direction.
+_OBEYED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_SHORTEST = 8  # of a secret: `none` and `false` are words of many messages
+_USERINFO = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]+@")
+
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(plain, super().format(record).splitlines()))
+        return "\n".join(map(plain, masked(super().format(record)).split("\n")))
 
 
 def setup(level: int = logging.INFO) -> None:
@@ -32,11 +42,44 @@ def setup(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def masked(text: str) -> str:
+    """`text` without what the environment holds under a name like HF_TOKEN or MY_PASSWORD, and without the names
+    and passwords of addresses. For words of others that we repeat: a server's answer, an exception."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET.match(name.upper()):
+            text = text.replace(value, "[masked]")
+    return _USERINFO.sub("[masked]@", text)
+
+
+class _Masked:
+    """A stream whose text is masked on its way."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(masked(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def mask_output() -> None:
+    """Mask whatever this process prints, libraries and tracebacks too: for one whose output becomes a file."""
+    sys.stdout, sys.stderr = _Masked(sys.stdout), _Masked(sys.stderr)
+
+
 def plain(text: str) -> str:
     """`text` with control characters shown, so that data cannot drive the user's terminal."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def plain_json(text: str) -> str:
+    """JSON with escapes for what its strings may hold as it is, and a terminal obeys."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def console() -> Console:

@@ -174,6 +174,13 @@ class Plan(Spec):
             case "eval":
                 return (("train", self.evals[id_].train),)
 
+    def repeated(self) -> list[list[Cell]]:
+        """Cells that come to the very same stages under several labels: what is done for one is done for all."""
+        same: dict[tuple[str, tuple[tuple[str, str], ...]], list[Cell]] = {}
+        for cell in self.cells:
+            same.setdefault((cell.train, tuple(cell.evals.items())), []).append(cell)
+        return [cells for cells in same.values() if len(cells) > 1]
+
     def stages(self) -> tuple[tuple[Kind, str], ...]:
         """Every stage once, each after its inputs."""
         trains = sorted(self.trains, key=lambda id_: self.trains[id_].base is not None)

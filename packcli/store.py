@@ -32,6 +32,7 @@ from packcli import __version__
 from packcli.config import Spec
 from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
 from packcli.files import digest, locked, read_bytes, read_json, sha256_file, write_json
+from packcli.log import masked
 from packcli.plan import VERSIONS, Kind, Plan
 
 State = Literal["pending", "running", "done", "failed"]
@@ -72,6 +73,10 @@ class Store:
 
     def check(self, *, writable: bool) -> None:
         """Raise `ConfigError` when the run directory cannot be one, or cannot be written."""
+        try:
+            str(self.root).encode()
+        except UnicodeEncodeError:
+            raise ConfigError("the run directory's name is no UTF-8", "choose another with --runs") from None
         there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         if not there.is_dir():
             raise ConfigError(f"`{there}` is a file, not a run directory", "choose another with --runs")
@@ -287,11 +292,15 @@ class Store:
             manifest = Manifest.model_validate(read_json(path))
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise IntegrityError(f"{path}: not a manifest", self.again(kind, id_)) from error
         if (manifest.stage, manifest.id) != (kind, id_):
             belongs = f"{path}: belongs to {manifest.stage} {manifest.id}"
             raise IntegrityError(belongs, f"delete {self.directory(kind, id_)}")
+        try:
+            _check_results(manifest)
+        except (LookupError, TypeError, AttributeError):
+            raise IntegrityError(f"{path}: its results cannot be read", self.again(kind, id_)) from None
         return manifest
 
     def checked(self, kind: Kind, id_: str, name: str, record: FileRecord | None) -> bytes | None:
@@ -349,16 +358,18 @@ class Store:
         """Leave `failure.json`: also for a writer that was killed, or hangs, and cannot leave its own."""
         effect = isinstance(error, PeerError) and self.failure_file(kind, id_).exists()
         if not effect and not self.manifest_file(kind, id_).exists():
-            record = {"kind": error.kind, "cause": error.cause, "fix": error.fix}
+            record = {"kind": error.kind, "cause": masked(error.cause), "fix": masked(error.fix)}
             write_json(self.failure_file(kind, id_), record)
 
     def failure(self, kind: Kind, id_: str) -> PackcliError | None:
         """Why a stage failed, as its `failure.json` says."""
         try:
             found = read_json(self.failure_file(kind, id_))
+            return of_kind(str(found["kind"]), str(found["cause"]), str(found["fix"]))
         except FileNotFoundError:
             return None
-        return of_kind(found["kind"], found["cause"], found["fix"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return PackcliError(f"{self.failure_file(kind, id_)}: cannot be read", self.again(kind, id_))
 
     def commit(
         self,
@@ -401,6 +412,19 @@ class Store:
 
     def write_plan(self, plan: Plan) -> None:
         write_json(self.plan_file(plan.name), plan.model_dump())
+
+
+def _check_results(manifest: Manifest) -> None:
+    """What other stages take from a manifest as it is; raises what its absence raises."""
+    results = manifest.results
+    match manifest.stage:
+        case "index":
+            if not all(type(value) in (int, float) for value in results["ledger"].values()):
+                raise TypeError
+        case "tokens":
+            counts = [results[key] for key in ("conversations", "rejected", "shards", "duplicates", "not_drawn")]
+            if not all(type(value) is int for value in counts) or not isinstance(results["files"], list):
+                raise TypeError
 
 
 def records(directory: Path) -> dict[str, FileRecord]:
@@ -456,9 +480,12 @@ def listed(path: Path, key: str) -> dict[str, FileRecord]:
         IntegrityError: it is no manifest.
     """
     try:
-        return {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
+        found = {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
+        if outside := next((name for name in found if name.startswith("/") or ".." in name.split("/")), None):
+            raise ValueError(outside)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise IntegrityError(f"{path}: not a manifest", f"delete {path.parent} and run again") from None
+    return found
 
 
 def check_listed(directory: Path, outputs: Mapping[str, FileRecord], *, checksums: bool) -> None:

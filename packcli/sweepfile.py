@@ -22,9 +22,12 @@ from pydantic import BaseModel, ValidationError
 
 from packcli.config import ARMS, HOLDS_SECRET, NAME_PATTERN, CellSpec, LadderSpec, SweepSpec
 from packcli.errors import ConfigError
-from packcli.yamlfile import KeyPath, Lines, Problems, parse
+from packcli.yamlfile import MAX_DEPTH, KeyPath, Lines, Problems, parse, read
 
 MAX_CELLS = 10_000
+"""Of a sweep, unless --max-cells says otherwise."""
+_MAX_COMPARISONS = 10_000_000
+_SHOWN = 80
 _SECTIONS = ("model", "data", "train", "eval", "estimate")
 _TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseline", "ladders")
 # A sweep's directory lies beside these.
@@ -40,23 +43,19 @@ class Value(NamedTuple):
     label: str
 
 
-def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
+def load(path: Path, sets: Sequence[str] = (), only: Sequence[str] = (), max_cells: int = MAX_CELLS) -> SweepSpec:
     """The sweep in `path` with `--set` applied and cells chosen by `--only`.
+
+    `max_cells`: a matrix of more is refused before it is multiplied out.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has problems; all of them in one message.
     """
     if path.suffix in (".jsonl", ".json", ".parquet", ".arrow", ".csv"):
         raise ConfigError(f"`{path}` is data, not a sweep file", f"packcli sweep SWEEP --set data.source={path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"no sweep file `{path}`", "give a path such as sweeps/tiny.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read `{path}`: {error}", "a sweep file is YAML in UTF-8") from None
-    document, lines = parse(text, str(path))
+    document, lines = parse(read(path, "sweep file", "give a path such as sweeps/tiny.yaml"), str(path))
     problems = Problems(str(path), lines)
-    spec = _build(document, lines, problems, sets)
+    spec = _build(document, lines, problems, sets, max_cells)
     problems.raise_if_any()
     assert spec is not None
     return _select(spec, only)
@@ -71,7 +70,13 @@ def preset(name: str) -> dict[str, Any] | None:
     return parse(file.read_text(), f"presets/{name}.yaml")[0] if file.is_file() else None
 
 
-def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Sequence[str]) -> SweepSpec | None:
+def _build(
+    document: dict[str, Any],
+    lines: Lines,
+    problems: Problems,
+    sets: Sequence[str],
+    max_cells: int = MAX_CELLS,
+) -> SweepSpec | None:
     for key in document:
         if key not in _TOP_KEYS:
             problems.unknown((str(key),), str(key), _TOP_KEYS)
@@ -81,9 +86,9 @@ def _build(document: dict[str, Any], lines: Lines, problems: Problems, sets: Seq
     base = {section: dict(document.get(section) or {}) for section in _SECTIONS}
     fixed = _apply_sets(base, document.get("matrix") or {}, sets, problems)
     arms = _arms(document.get("arms") or {}, problems)
-    combinations = list(_combinations(document, lines, problems))
-    if len(combinations) > MAX_CELLS:
-        problems.add(("matrix",), f"the matrix has {len(combinations):,} cells; at most {MAX_CELLS:,}")
+    combinations = list(_combinations(document, lines, problems, max_cells))
+    if len(combinations) > max_cells:
+        problems.add(("matrix",), _too_many(len(combinations), max_cells))
         return None
     cells, sections = [], _Sections()
     for combination in combinations:
@@ -185,7 +190,10 @@ def _apply_sets(
         if key in matrix:
             raise ConfigError(f"`--set {key}`: it is an axis of the matrix", f"choose with --only {key}=VALUE")
         if _check_path(key, ("--set",), problems):
-            _set(base, key, parse(f"value: {text}", f"--set {key}")[0]["value"])
+            given = parse(f"value: {text}", f"--set {key}")[0]
+            if len(given) > 1:  # a line break in it, and more keys behind
+                raise ConfigError(f"`--set {key}`: more than one value", "repeat --set for each key")
+            _set(base, key, given["value"])
             fixed.add(key)
     return frozenset(fixed)
 
@@ -202,7 +210,9 @@ def _arms(own: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any
     return arms
 
 
-def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems) -> Iterator[dict[str, Value]]:
+def _combinations(
+    document: Mapping[str, Any], lines: Lines, problems: Problems, max_cells: int
+) -> Iterator[dict[str, Value]]:
     """The product of the axes, less `exclude`, with `include` as GitHub Actions reads it."""
     matrix = document.get("matrix") or {}
     for axis, values in matrix.items():
@@ -215,8 +225,14 @@ def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems)
         problems.add(("matrix",), f"`matrix.arm` is required: a list of {', '.join(ARMS)} or your own")
         return
     size = math.prod(len(values) for values in matrix.values())
-    if size > MAX_CELLS:
-        problems.add(("matrix",), f"the matrix has {size:,} cells; at most {MAX_CELLS:,}")
+    if size > max_cells:
+        problems.add(("matrix",), _too_many(size, max_cells))
+        return
+    entries = len(document.get("include") or []) + len(document.get("exclude") or [])
+    if size * entries > _MAX_COMPARISONS:
+        problems.add(
+            ("matrix",), f"{size:,} cells and {entries:,} entries of `include` and `exclude` are too many"
+        )
         return
     axes = {
         axis: [_value(value, ("matrix", axis, str(index)), lines) for index, value in enumerate(values)]
@@ -243,6 +259,10 @@ def _combinations(document: Mapping[str, Any], lines: Lines, problems: Problems)
     if not cells:
         problems.add(("matrix",), "the matrix leaves no cell")
     yield from cells
+
+
+def _too_many(cells: int, most: int) -> str:
+    return f"the matrix has {cells:,} cells; at most {most:,} (--max-cells)"
 
 
 def _check_exclude(entries: list[dict[str, Any]], axes: Mapping[str, list[Value]], problems: Problems) -> None:
@@ -382,7 +402,7 @@ def _report(error: ValidationError, arm: str, combination: Mapping[str, Any], pr
             message = _message(item)
             got = item["input"]
             shown = isinstance(got, str | int | float | bool) and item["type"] != HOLDS_SECRET
-            value = f", not `{got}`" if shown else ""
+            value = f", not `{str(got)[:_SHOWN]}`" if shown else ""
             problems.add(marked, f"`{'.'.join(path)}`: {message}{value}")
 
 
@@ -413,6 +433,9 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _check_path(dotted: str, marked: tuple[str, ...], problems: Problems) -> bool:
     """Whether a dotted key of the matrix or `--set` is a key of the schema; says so when it is not."""
     parts = dotted.split(".")
+    if len(parts) > MAX_DEPTH:
+        problems.add(marked, f"a key of {len(parts):,} parts: nested too deeply")
+        return False
     if parts[0] not in _SECTIONS:
         near = [f"{section}.{parts[0]}" for section in _SECTIONS if parts[0] in _keys_at((section,))]
         sections = ", ".join(_SECTIONS)

@@ -187,13 +187,17 @@ def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
     from packcli.data.tokenizer import load_directory
 
     chosen = {cell.index: cell for cell in reversed(plan.cells)}
+    names = [_file_name(cell.labels) for cell in chosen.values()]
     written = []
     for index in dict.fromkeys(cell.index for cell in plan.cells):
         cell = chosen[index]
         order, manifest = plan.indexes[index], store.manifest("index", index)
         assert manifest is not None
         tokenizer = store.tokenizer(cell.tokens)
-        target = directory if len(chosen) == 1 else directory / _file_name(cell.labels)
+        name = _file_name(cell.labels)
+        if not name or names.count(name) > 1:  # labels differ in characters that a name does not keep
+            name = f"{name}-{index}".lstrip("-")
+        target = directory if len(chosen) == 1 else directory / name
         prepared = exporting.Prepared(
             tokens=_tokens(store, cell.tokens),
             index=_rows(store, index),

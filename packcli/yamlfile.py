@@ -1,24 +1,33 @@
 """YAML as plain data, with the line of every key, and problems that know where they are.
 
-Knows nothing of what the keys mean: that is for `sweepfile.py` and `launch/profile.py`.
+Knows nothing of what the keys mean: that is for `sweepfile.py` and `launch/profile.py`. A file may come from
+anybody: what its size, its depth, its aliases or its tags could do to a machine ends in an error here.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from packcli.errors import ConfigError
 
 KeyPath = tuple[str, ...]
 
 _DOCS = "docs/sweep_file.md"
+_MAX_BYTES = 4 << 20
+MAX_DEPTH = 64
+"""Levels of keys; JSON, by which ids are made, has an end too."""
+_MAX_SHOWN = 50
 _MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_KINDS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
 class Lines(dict[KeyPath, int]):
@@ -30,14 +39,62 @@ class Lines(dict[KeyPath, int]):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that `1e-5` is a number, as YAML 1.2 has it."""
+    """PyYAML's safe loader for what JSON has, too: `1e-5` is a number, as YAML 1.2 has it, and a date is text."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError, ArithmeticError) as error:  # such as `!!bool x`, or 5,000 digits
+            problem = f"no value can be made of this ({type(error).__name__})"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless or (
+            isinstance(value, int) and value.bit_length() > 63
+        ):  # JSON, by which ids are made, has neither
+            problem = "a number that is not finite, or has more than 63 bits"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
+_Loader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag is None or tag in _KINDS
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, like) for tag, like in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+def read(path: Path, what: str, fix: str) -> str:
+    """The text of a YAML file. `what` it is, as in "sweep file"; `fix`: what to do if it is not there.
+
+    Raises:
+        ConfigError: it is missing, cannot be read, is no UTF-8, or is far too large to be one.
+    """
+    expected = f"a {what} is YAML in UTF-8"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"no {what} `{path}`", fix) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read `{path}`: {error.strerror}", expected) from None
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(f"`{path}` is larger than {_MAX_BYTES >> 20} MiB", expected)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: cannot read it: this is no UTF-8", expected) from None
+
+
 def parse(text: str, where: str, docs: str = _DOCS) -> tuple[dict[str, Any], Lines]:
-    """YAML text as a dictionary, and the line (from 1) of every key by its path. `docs`: where keys are listed."""
+    """YAML text as a dictionary, and the line (from 1) of every key by its path. `docs`: where keys are listed.
+
+    Raises:
+        ConfigError: it is no mapping of plain values, holds tags, or stands for more than can be meant.
+    """
     try:
         node = yaml.compose(text, Loader=_Loader)
         if not isinstance(node, yaml.MappingNode):
@@ -54,15 +111,23 @@ def parse(text: str, where: str, docs: str = _DOCS) -> tuple[dict[str, Any], Lin
         raise ConfigError(
             f"{where}{line}: not valid YAML: {problem}", "only plain YAML is read, no tags"
         ) from None
+    except (ValueError, OverflowError) as error:  # PyYAML's own scanner: an escape such as "\UFFFFFFFF"
+        raise ConfigError(f"{where}: not valid YAML: {error}", "only plain YAML is read, no tags") from None
 
 
 def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> None:
     if len(lines) > _MAX_VALUES:
         raise ConfigError(f"{where}: more than {_MAX_VALUES:,} values", "use fewer aliases (`*`)")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested too deeply, or within itself", "write it out without `*`")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*path, str(key.value))
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"{where}:{line}: a key is a word, not a list or mapping", "write it as one word"
+                )
+            inner = (*path, _text(key, where))
             if inner in lines:
                 name = ".".join(inner)
                 raise ConfigError(
@@ -75,7 +140,24 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> N
             lines[(*path, str(index))] = value.start_mark.line + 1
             _walk(value, (*path, str(index)), lines, where)
     elif isinstance(node, yaml.ScalarNode):
-        lines.texts[path] = node.value
+        lines.texts[path] = _text(node, where)
+
+
+def _text(node: yaml.ScalarNode, where: str) -> str:
+    """A scalar as typed; no file name or id can hold what is refused here."""
+    text = str(node.value)
+    if "\0" in text or not _is_unicode(text):
+        problem = "a NUL or half of a surrogate pair, which no text holds"
+        raise ConfigError(f"{where}:{node.start_mark.line + 1}: {problem}", "take the escape out")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Problems:
@@ -100,4 +182,7 @@ class Problems:
 
     def raise_if_any(self) -> None:
         if self._found:
-            raise ConfigError("\n".join(self._found), f"keys and values are described in {self._docs}")
+            shown = [*self._found][:_MAX_SHOWN]
+            more = len(self._found) - len(shown)
+            shown += [f"{self._where}: and {more:,} more problems"] if more else []
+            raise ConfigError("\n".join(shown), f"keys and values are described in {self._docs}")

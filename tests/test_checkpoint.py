@@ -188,7 +188,7 @@ def test_case_18_no_checkpoint_is_saved_from_a_diverged_state(tiny: Data, monkey
     assert "Documents:" in failure["cause"]
 
 
-def test_a_damaged_pickle_in_a_checkpoint_is_never_opened(tiny: Data) -> None:
+def test_case_43_a_damaged_pickle_in_a_checkpoint_is_never_opened(tiny: Data) -> None:
     """DCP unpickles `.metadata`: a changed one must be refused before that."""
     order = interrupted(tiny, "pickle", 5, save_every=4)
     metadata = tiny.store.checkpoint(order.id, 4) / ".metadata"

@@ -24,7 +24,7 @@ from packcli.data.index import LEDGER_IDENTITIES
 Run = Callable[..., Done]
 Sweep = Callable[..., Path]
 
-SELECTING = {"--only", "--set", "--runs", "--json", "--help"}
+SELECTING = {"--only", "--set", "--max-cells", "--runs", "--json", "--help"}
 OPTIONS = {
     "prepare": SELECTING
     | {"--plan", "--tokenizer", "--template", "--max-length", "--show", "--draw", "--export", "--part"},
@@ -454,7 +454,7 @@ ESCAPE = "\x1b]0;owned\x07"
 
 
 @pytest.mark.slow
-def test_control_characters_in_data_do_not_reach_the_terminal(
+def test_case_47_control_characters_in_data_do_not_reach_the_terminal(
     run_cli: Run, tiny_sweep: Sweep, tmp_path: Path
 ) -> None:
     path = tiny_sweep(arms=["padding"])

@@ -107,7 +107,9 @@ def test_a_mapping_renames_fields_in_front_of_the_schema(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("record", [{"text": "a", "label": 1}, {"instruction": "a"}, {}, [1], "text", None])
-def test_a_file_that_no_schema_fits_names_its_fields_and_what_is_accepted(tmp_path: Path, record: Any) -> None:
+def test_case_08_a_file_that_no_schema_fits_names_its_fields_and_what_is_accepted(
+    tmp_path: Path, record: Any
+) -> None:
     path = write_lines(tmp_path / "x.jsonl", [record])
     with pytest.raises(DataError) as caught:
         read_back(path)
@@ -132,7 +134,7 @@ def test_a_file_that_no_schema_fits_names_its_fields_and_what_is_accepted(tmp_pa
         (3, "the record is not an object"),
     ],
 )
-def test_a_conversation_that_cannot_be_trained_on_says_why(record: Any, reason: str) -> None:
+def test_case_08_a_conversation_that_cannot_be_trained_on_says_why(record: Any, reason: str) -> None:
     with pytest.raises(chat.Rejected) as caught:
         chat.conversation(record, "messages")
     assert reason in str(caught.value)

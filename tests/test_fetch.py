@@ -357,7 +357,7 @@ def test_what_a_judge_is_shown_is_fetched_where_there_is_a_judge(tmp_path: Path)
     assert "eval_template.score.v2.md" in missing.error.fix
 
 
-def test_no_token_or_password_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_45_no_token_or_password_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-shape")
     texts = ("hf_abcdefghijklmnop", "a-token-of-another-shape", "https://user:pass@proxy.example/x")
     for text in texts:

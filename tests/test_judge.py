@@ -1039,7 +1039,7 @@ def echo(asked: Asked) -> Answer:
 
 
 @pytest.mark.slow
-def test_the_key_is_in_nothing_that_is_written(
+def test_case_45_the_key_is_in_nothing_that_is_written(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(echo)

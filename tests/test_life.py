@@ -132,7 +132,7 @@ def test_preemptions_between_do_not_hide_a_stage_that_gets_nowhere(start: Start)
     assert [running.attempt(75, late=late) for late in (True, False, False, True)] == [75, 75, 75, 7]
 
 
-def test_a_stage_is_not_requeued_without_end(start: Start) -> None:
+def test_case_37_a_stage_is_not_requeued_without_end(start: Start) -> None:
     running = start(limit=4)
     assert [running.attempt(75, step=step) for step in range(1, 6)] == [75, 75, 75, 75, 7]
     failure = running.failure()
@@ -237,7 +237,7 @@ def test_a_stage_that_takes_its_node_down_every_time_is_quarantined(start: Start
     assert running.hows == ["lost"] * 3
 
 
-def test_a_quarantined_stage_harms_no_other(start: Start, tmp_path: Path) -> None:
+def test_case_37_a_quarantined_stage_harms_no_other(start: Start, tmp_path: Path) -> None:
     running, other = start(failures=1), start(OTHER)
     finish(other.store, OTHER)
     assert running.attempt(137) == 7

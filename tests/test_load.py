@@ -241,7 +241,7 @@ def test_a_biased_head_is_resized_with_its_bias(tmp_path: Path) -> None:
     torch.testing.assert_close(grown.lm_head.bias[WORDS:], model.lm_head.bias.mean().expand(2))
 
 
-def test_the_tokenizer_of_another_model_is_refused_though_it_has_added_tokens(tmp_path: Path) -> None:
+def test_case_14_the_tokenizer_of_another_model_is_refused_though_it_has_added_tokens(tmp_path: Path) -> None:
     source = saved(tmp_path)
     with pytest.raises(ConfigError, match="embeds 50 tokens, the tokenizer has 62"):
         load.load(ModelSpec(name=str(source)), None, tokenizer(words=60, added=2), 64, 0)
@@ -294,7 +294,7 @@ def test_quantized_weights_are_refused_by_their_method(tmp_path: Path) -> None:
         load.load(ModelSpec(name=str(source)), None, tokenizer(), 64, 0)
 
 
-def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+def test_case_44_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     config = {"model_type": "own", "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

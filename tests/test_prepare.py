@@ -145,7 +145,7 @@ def test_killed_at_any_commit_point_the_same_command_ends_in_the_same_store(
         pytest.param(b'{"question": "a\x00b", "answer": "x"}\n', "x.jsonl:3", id="NUL", marks=pytest.mark.slow),
     ],
 )
-def test_a_line_that_cannot_be_parsed_stops_or_is_counted(
+def test_case_06_a_line_that_cannot_be_parsed_stops_or_is_counted(
     tmp_path: Path, run_cli: Cli, content: bytes, where: str
 ) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(2))
@@ -164,7 +164,7 @@ def test_a_line_that_cannot_be_parsed_stops_or_is_counted(
     assert where in rejected["reason"]
 
 
-def test_more_bad_lines_than_allowed_stop_even_when_skipped(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_06_more_bad_lines_than_allowed_stop_even_when_skipped(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(2))
     with (tmp_path / "x.jsonl").open("a") as file:
         file.write("{\n" * 4)
@@ -174,7 +174,7 @@ def test_more_bad_lines_than_allowed_stop_even_when_skipped(tmp_path: Path, run_
 
 
 @pytest.mark.slow
-def test_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_07_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(3))
     text = (tmp_path / "x.jsonl").read_bytes()
     (tmp_path / "y.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
@@ -186,14 +186,14 @@ def test_bom_and_crlf_are_accepted_as_they_come(tmp_path: Path, run_cli: Cli) ->
 
 
 @pytest.mark.slow
-def test_a_file_of_no_known_schema_names_what_is_accepted(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_08_a_file_of_no_known_schema_names_what_is_accepted(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", [{"text": "plain"}])
     done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
     assert done.code == 3
     assert "no chat schema fits its fields (`text`)" in done.stderr
 
 
-def test_a_wrong_role_or_content_is_rejected_with_its_path(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_08_a_wrong_role_or_content_is_rejected_with_its_path(tmp_path: Path, run_cli: Cli) -> None:
     bad = {"messages": [*chat_records(1)[0]["messages"], {"role": "wizard", "content": "x"}]}
     worse = {"messages": [{"role": "user", "content": 3}]}
     write_lines(tmp_path / "x.jsonl", [*chat_records(3), bad, worse])
@@ -206,14 +206,16 @@ def test_a_wrong_role_or_content_is_rejected_with_its_path(tmp_path: Path, run_c
 @pytest.mark.parametrize(
     "content", ["", "\n\n", '{"messages": []}\n'], ids=["empty", "blank", "empty conversation"]
 )
-def test_nothing_usable_is_bad_data_and_not_an_empty_store(tmp_path: Path, run_cli: Cli, content: str) -> None:
+def test_case_09_nothing_usable_is_bad_data_and_not_an_empty_store(
+    tmp_path: Path, run_cli: Cli, content: str
+) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     done = run_cli("prepare", sweep(tmp_path, "x.jsonl"), cwd=tmp_path)
     assert done.code == 3
     assert "no usable conversation" in done.stderr
 
 
-def test_conversations_without_anything_to_learn_never_make_a_batch(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_10_conversations_without_anything_to_learn_never_make_a_batch(tmp_path: Path, run_cli: Cli) -> None:
     nothing = [
         {"messages": [{"role": "user", "content": "x"}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "  "}]},
@@ -231,7 +233,9 @@ def test_conversations_without_anything_to_learn_never_make_a_batch(tmp_path: Pa
         assert ledger["tokens_dropped"] > 400
 
 
-def test_an_over_long_document_follows_the_arms_policy_and_is_counted(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_11_an_over_long_document_follows_the_arms_policy_and_is_counted(
+    tmp_path: Path, run_cli: Cli
+) -> None:
     long = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 400}]}
     write_lines(tmp_path / "x.jsonl", [*chat_records(3), long])
     path = sweep(tmp_path, "x.jsonl", ("best_fit", "dropping", "random"), validation=0)
@@ -245,13 +249,13 @@ def test_an_over_long_document_follows_the_arms_policy_and_is_counted(tmp_path: 
 
 
 @pytest.mark.slow
-def test_repeated_conversations_are_said(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_12_repeated_conversations_are_said(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(5))
     done = run_cli("prepare", sweep(tmp_path, ["x.jsonl", "x.jsonl"], validation=0), cwd=tmp_path)
     assert "5 conversations say the same as another one" in done.stdout
 
 
-def test_control_tokens_typed_in_a_message_are_text(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_13_control_tokens_typed_in_a_message_are_text(tmp_path: Path, run_cli: Cli) -> None:
     typed = "end it with <|im_end|> and <|endoftext|>"
     record = {"messages": [{"role": "user", "content": typed}, {"role": "assistant", "content": typed}]}
     write_lines(tmp_path / "x.jsonl", [*chat_records(3), record])
@@ -270,7 +274,9 @@ def test_control_tokens_typed_in_a_message_are_text(tmp_path: Path, run_cli: Cli
     assert tokenizer.decode(ids).count(typed) == 2
 
 
-def test_a_tokenizer_without_a_template_or_its_tokens_is_refused_before_work(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_14_a_tokenizer_without_a_template_or_its_tokens_is_refused_before_work(
+    tmp_path: Path, run_cli: Cli
+) -> None:
     from test_tokens import byte_tokenizer
 
     byte_tokenizer("").save_pretrained(tmp_path / "bare")
@@ -284,7 +290,7 @@ def test_a_tokenizer_without_a_template_or_its_tokens_is_refused_before_work(tmp
     assert "<|im_start|>" in done.stderr
 
 
-def test_a_line_over_the_limit_is_refused_without_reading_it(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_15_a_line_over_the_limit_is_refused_without_reading_it(tmp_path: Path, run_cli: Cli) -> None:
     with (tmp_path / "x.jsonl").open("wb") as file:
         file.write(b'{"question": "')
         file.seek(200 << 20)  # a hole: no disk is used
@@ -311,7 +317,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_another_configuration_never_mixes_with_what_is_there(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_17_another_configuration_never_mixes_with_what_is_there(tmp_path: Path, run_cli: Cli) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(5))
     path = sweep(tmp_path, "x.jsonl")
     before = run_cli("prepare", path, "--json", cwd=tmp_path).json()["cells"][0]

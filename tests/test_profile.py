@@ -197,7 +197,7 @@ def test_forms_of_one_time_differ(days: int, hours: int, minutes: int, seconds: 
 
 @pytest.mark.parametrize(
     "typed",
-    ["0", "0:59", "-5", "1h", "UNLIMITED", "1:2:3:4", "1-1:1:1:1", "1.5", "400-0", "9" * 30, "1e3", "true", "٣",
+    ["0", "0:59", "-5", "1h", "UNLIMITED", "1:2:3:4", "1-1:1:1:1", "1.5", "400-0", "9" * 18, "1e3", "true", "٣",
      "0:60", "25:99", "1:60:00", "1:00:60", "1-24", "1-25", "0-25:00", "1-1:60", "1-1:00:60"],
 )  # fmt: skip
 def test_time_that_means_nothing_is_submitted(typed: str, load: Load) -> None:

@@ -266,6 +266,15 @@ def test_a_span_is_what_the_assistant_wrote_and_what_closes_it(name: str, conten
         assert said == [text + closing for text in wanted]
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "plain", "dated"])
+def test_an_answer_that_opens_a_conversation_is_not_trained_on_with_its_header(name: str) -> None:
+    source, closing, _ = TEMPLATES[name]
+    messages = chat("a", "q", "b", roles=("assistant", "user", "assistant"))
+    for fast in (True, False):
+        rendered = Renderer(tokenizer_for(source), fast=fast).render(messages)
+        assert [rendered.text[start:stop] for start, stop in rendered.spans] == [f"a{closing}", f"b{closing}"]
+
+
 def test_the_papers_documents_are_as_its_code_writes_them() -> None:
     renderer = Renderer(tokenizer_for(template_text("llama3")))
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format

@@ -127,12 +127,12 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "a/b", "../a", "a\n", ""])
-def test_a_sweep_is_not_called_what_a_shell_would_read(name: str) -> None:
+def test_case_41_a_sweep_is_not_called_what_a_shell_would_read(name: str) -> None:
     with pytest.raises(ConfigError, match="`name` is required"):
         load({**SWEEP, "name": name})
 
 
-def test_no_text_of_a_sweep_or_of_its_data_reaches_a_script() -> None:
+def test_case_41_no_text_of_a_sweep_or_of_its_data_reaches_a_script() -> None:
     """The same plan with every name replaced by something hostile gives the same scripts."""
     tame = {**SWEEP, "matrix": {"arm": ["one", "two"], "data.source": ["a.jsonl", "b.jsonl"]}}
     tame["arms"] = {"one": {"extends": "padding"}, "two": {"extends": "greedy"}}
@@ -216,7 +216,7 @@ REFUSED = ["a\ntouch CANARY", "a\n#SBATCH --uid=0", "%j", "\\", "\x1b[31m", "\u2
 
 
 @pytest.mark.parametrize("name", [text for text in HOSTILE if text not in REFUSED])
-def test_a_run_directory_is_one_argument_whatever_it_is_called(machine: Machine, name: str) -> None:
+def test_case_41_a_run_directory_is_one_argument_whatever_it_is_called(machine: Machine, name: str) -> None:
     order = machine.order(Path("/shared") / name / "runs")
     assert machine.run(order) == 0
     directory = f"/shared/{name}/runs/slurm/0a1b2c3d/array-{order.array.number}"
@@ -246,7 +246,7 @@ def let_through(path: Path, place: Any) -> list[str]:
     return found
 
 
-def test_no_value_of_a_profile_runs_as_a_command(machine: Machine, tmp_path: Path) -> None:
+def test_case_41_no_value_of_a_profile_runs_as_a_command(machine: Machine, tmp_path: Path) -> None:
     """Most are refused; what is let through is run, all at once."""
     merged: dict[str, Any] = {}
     for place in [place for place in PLACES if not place.keys() & {"sbatch", "environment", "stages"}]:

@@ -190,7 +190,7 @@ def test_what_does_not_wait_for_a_refused_array_is_submitted(site: Site) -> None
 
 
 @pytest.mark.parametrize("accepts", [True, False])
-def test_an_answer_that_was_lost_is_no_second_submission(site: Site, accepts: bool) -> None:
+def test_case_36_an_answer_that_was_lost_is_no_second_submission(site: Site, accepts: bool) -> None:
     site.slurm.fault("sbatch", TIMED_OUT, at=2, accepts=accepts)
     outcome = site.submit()
     assert outcome.failures == []

@@ -236,7 +236,7 @@ def test_a_fingerprint_is_of_the_records_and_not_of_their_place_or_use(tmp_path:
 # Bad files ---------------------------------------------------------------------------------------------
 
 
-def test_bom_crlf_and_blank_lines_are_no_part_of_the_data(tmp_path: Path) -> None:
+def test_case_07_bom_crlf_and_blank_lines_are_no_part_of_the_data(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n \t\n{"a": 2}\r\n\n')
     assert records_of(spec(path)) == [(0, 1, {"a": 1}), (0, 4, {"a": 2})]
@@ -257,7 +257,7 @@ def test_bom_crlf_and_blank_lines_are_no_part_of_the_data(tmp_path: Path) -> Non
         (b'{"a": 1} {"a": 2}', "unexpected content after document (column 10)"),
     ],
 )
-def test_a_bad_line_is_a_record_that_says_where_and_why_and_the_rest_is_read(
+def test_case_06_a_bad_line_is_a_record_that_says_where_and_why_and_the_rest_is_read(
     tmp_path: Path, line: bytes, reason: str
 ) -> None:
     path = tmp_path / "x.jsonl"
@@ -289,7 +289,7 @@ def test_a_line_over_the_limit_is_refused_and_the_rest_is_read(
             assert records_of(spec(path), most=6, piece_bytes=piece_bytes)[-1].value == 6
 
 
-def test_a_line_of_a_gigabyte_is_never_in_memory(tmp_path: Path) -> None:
+def test_case_15_a_line_of_a_gigabyte_is_never_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with path.open("wb") as file:  # a hole: takes no space on disk, and reads as NUL bytes
         file.write(b'{"a": 1}\n')
@@ -341,7 +341,7 @@ def test_a_json_file_with_an_object_a_line_is_cut_like_any_json_lines(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.zst", "x.parquet.gz"])
-def test_a_compressed_file_is_refused_and_not_passed_over(tmp_path: Path, name: str) -> None:
+def test_case_15_a_compressed_file_is_refused_and_not_passed_over(tmp_path: Path, name: str) -> None:
     write_lines(tmp_path / "fine.jsonl", questions("a"))
     (tmp_path / name).write_bytes(b"\x1f\x8b")
     for source in (tmp_path / name, tmp_path, tmp_path / "x*"):

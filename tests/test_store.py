@@ -180,7 +180,7 @@ def test_a_log_with_times_has_no_checksum_and_may_change(tmp_path: Path) -> None
     assert verify(directory) == 1
 
 
-def test_deleting_reaches_nothing_outside_the_run_directory(tmp_path: Path) -> None:
+def test_case_42_deleting_reaches_nothing_outside_the_run_directory(tmp_path: Path) -> None:
     runs = Store(tmp_path / "runs")
     (tmp_path / "mine").mkdir()
     (tmp_path / "runs").mkdir()
@@ -311,7 +311,9 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) ->
     assert digest([value, 1]) != digest([value, 2])
 
 
-def test_no_environment_variable_gets_into_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_45_no_environment_variable_gets_into_a_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET_THING", "sesame-open")
     runs = Store(tmp_path / "runs")
     directory = finish(runs)

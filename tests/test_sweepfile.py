@@ -12,7 +12,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packcli import sweepfile, yamlfile
 from packcli.config import ARMS, ArmSpec, CellSpec, SweepSpec
 from packcli.errors import ConfigError
 
@@ -41,7 +40,7 @@ def with_matrix(text: str) -> str:
     return SWEEP.replace("matrix:\n  arm: [padding, best_fit]\n", text)
 
 
-def test_every_problem_is_said_at_once_with_file_line_path_and_nearest_key(load_text: Load) -> None:
+def test_case_38_every_problem_is_said_at_once_with_file_line_path_and_nearest_key(load_text: Load) -> None:
     text = SWEEP.replace("max_length", "max_lenght").replace("lr: 1e-3", "lr: fast").replace("name", "nmae")
     with pytest.raises(ConfigError) as caught:
         load_text(text.replace("best_fit", "best_fti"))
@@ -79,7 +78,7 @@ def test_an_unknown_key_deep_in_a_base_model_names_the_nearest_one(load_text: Lo
     assert "unknown key `model.base.train.stepz`; did you mean `model.base.train.steps`?" in caught.value.cause
 
 
-def test_a_duplicate_key_is_refused_with_both_lines(load_text: Load) -> None:
+def test_case_38_a_duplicate_key_is_refused_with_both_lines(load_text: Load) -> None:
     with pytest.raises(ConfigError, match=r"sweep\.yaml:9: duplicate key `train\.lr`, first on line 8"):
         load_text(SWEEP.replace("  lr: 1e-3\n", "  lr: 1e-3\n  lr: 1e-4\n"))
 
@@ -154,7 +153,7 @@ def test_a_sweep_without_arms_says_which_there_are(load_text: Load) -> None:
         load_text(with_matrix("matrix: {seed: [0]}\n"))
 
 
-def test_a_matrix_too_large_is_refused_before_it_is_multiplied_out(load_text: Load) -> None:
+def test_case_39_a_matrix_too_large_is_refused_before_it_is_multiplied_out(load_text: Load) -> None:
     axis = ", ".join(map(str, range(1, 1001)))
     text = SWEEP + "".join(f"  {key}: [{axis}]\n" for key in ("seed", "train.epochs", "train.global_batch"))
     started = time.monotonic()
@@ -170,7 +169,7 @@ def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(load_text: L
         load_text(SWEEP + "\n".join(levels) + "\n")
 
 
-def test_yaml_tags_run_nothing(load_text: Load, tmp_path: Any) -> None:
+def test_case_46_yaml_tags_run_nothing(load_text: Load, tmp_path: Any) -> None:
     for tag in (f"!!python/object/apply:os.mkdir [{tmp_path / 'made'}]", "!!python/name:os.system ''", "!own 3"):
         with pytest.raises(ConfigError, match="could not determine a constructor") as caught:
             load_text(SWEEP + f"baseline: {tag}\n")
@@ -211,32 +210,6 @@ def test_a_malformed_file_is_a_config_error_and_never_a_traceback(load_text: Loa
         load_text(text)
     assert "sweep.yaml" in caught.value.cause
     assert caught.value.fix
-
-
-_JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.sampled_from(["padding", "arm", "x.y", ""]),
-    lambda inner: (
-        st.lists(inner, max_size=2)
-        | st.dictionaries(
-            st.sampled_from(["arm", "seed", "train.lr", "extends", "layout", "name"]), inner, max_size=2
-        )
-    ),
-    max_leaves=4,
-)
-
-
-@given(st.sampled_from([*yaml.safe_load(SWEEP), "arms", "include", "exclude", "baseline", "eval"]), _JUNK)
-def test_junk_in_any_section_is_a_config_error_or_a_sweep(section: str, junk: Any) -> None:
-    document = {**yaml.safe_load(SWEEP), section: junk}
-    text = yaml.safe_dump(document)
-    parsed, lines = yamlfile.parse(text, "sweep.yaml")
-    problems = yamlfile.Problems("sweep.yaml", lines)
-    try:
-        spec = sweepfile._build(parsed, lines, problems, ())
-        problems.raise_if_any()
-    except ConfigError:
-        return
-    assert spec is not None
 
 
 def test_only_means_or_within_an_axis_and_and_between_axes(load_text: Load) -> None:

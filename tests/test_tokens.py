@@ -184,7 +184,7 @@ def test_a_shard_of_only_rejected_conversations_still_opens(
     assert opened.origin(2) == f"{path}:5"
 
 
-def test_every_conversation_rejected_is_bad_data(tmp_path: Path) -> None:
+def test_case_09_every_conversation_rejected_is_bad_data(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [{"messages": []}, {"messages": [{"role": "user", "content": "x"}]}])
     named = TokenizerOrder(name=str(tmp_path / "tokenizer"))
     byte_tokenizer(render.template_text("plain")).save_pretrained(tmp_path / "tokenizer")
@@ -287,7 +287,7 @@ def test_a_trained_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> Non
     assert "tokenizer.json" in found[0]
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
+def test_case_14_a_tokenizer_without_a_chat_template_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
     byte_tokenizer("").save_pretrained(tmp_path / "bare")
     order = order_for("tiny", template=None, tokenizer=TokenizerOrder(name=str(tmp_path / "bare")))
     with pytest.raises(ConfigError, match="has no chat template") as caught:

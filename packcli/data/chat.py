@@ -26,6 +26,7 @@ _ACCEPTED = (
     "`messages` (role, content), `conversations` (from, value), `instruction` with `output` or `response`, "
     "`prompt` with `completion`, `question` with `answer`, `input_ids` (tokenized)"
 )
+_SHOWN = 40  # characters of what a record holds that a message repeats
 # Part of what "the same conversation" means: changing it moves documents between training and validation.
 _CONTENT_SALT = b"packcli content 1\n"
 
@@ -55,7 +56,7 @@ def detect(record: Any, where: str) -> Schema:
         return "question_answer"
     if "input_ids" in keys:
         return "tokenized"
-    fields = ", ".join(f"`{key}`" for key in list(record)[:12]) or "none"
+    fields = ", ".join(f"`{str(key)[:_SHOWN]}`" for key in list(record)[:12]) or "none"
     raise DataError(
         f"{where}: no chat schema fits its fields ({fields})",
         f"accepted: {_ACCEPTED}; rename fields with `data.mapping`, for example {{question: my_field}}",
@@ -108,21 +109,27 @@ def _turn(turn: Any, field: str, number: int, role_key: str, text_key: str) -> d
     # Either naming is accepted in either field: both mixtures are common in the wild.
     role = turn.get(role_key, turn.get("role", turn.get("from")))
     text = turn.get(text_key, turn.get("content", turn.get("value")))
-    if str(role).lower() not in _ROLES:
-        raise Rejected(f"`{field}[{number}]`: unknown role `{role}`")
+    if not isinstance(role, str):
+        raise Rejected(f"`{field}[{number}]`: the role is {type(role).__name__}, not text")
+    if role.lower() not in _ROLES:
+        raise Rejected(f"`{field}[{number}]`: unknown role `{role[:_SHOWN]}`")
     if not isinstance(text, str):
         raise Rejected(f"`{field}[{number}]`: the text is {type(text).__name__}, not text")
-    return {"role": _ROLES[str(role).lower()], "content": text}
+    return {"role": _ROLES[role.lower()], "content": text}
 
 
 def _instruction(record: Mapping[str, Any]) -> Messages:
     answer = "output" if "output" in record else "response"
-    [question] = _part(record, "instruction", "user")
-    extra = record.get("input")
-    if isinstance(extra, str) and extra.strip():
+    question, *more = _part(record, "instruction", "user")
+    if more:
+        raise Rejected("`instruction` is several turns, not text")
+    for field in ("input", "system"):  # may be missing; what is there must not be lost
+        if not isinstance(record.get(field), str | None):
+            raise Rejected(f"`{field}` is {type(record[field]).__name__}, not text")
+    extra, system = record.get("input") or "", record.get("system") or ""
+    if extra.strip():
         question["content"] += f"\n\n{extra}"
-    system = record.get("system")
-    opening = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    opening = [{"role": "system", "content": system}] if system.strip() else []
     return [*opening, question, *_part(record, answer, "assistant")]
 
 

@@ -77,7 +77,10 @@ def kept_fields(record: Record, source: SourceSpec, fields: tuple[str, ...]) -> 
 def _text(value: Any) -> str | None:
     if value is None or value == "":
         return None
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    try:
+        text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    except TypeError:  # nested more deeply than JSON is written, though it was read
+        raise chat.Rejected("a field to keep is nested too deeply") from None
     return text.encode(errors="replace").decode()  # half of a surrogate pair is no valid Unicode
 
 

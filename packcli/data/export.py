@@ -109,8 +109,8 @@ def export(cell: Prepared, directory: Path, note: Callable[[int, int, str], None
 def _replaceable(directory: Path) -> None:
     """Raise `ConfigError` unless nothing but an earlier export would be lost."""
     hint = "choose another directory, or empty it"
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"`{directory}` is a file, not a directory", hint)
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ConfigError(f"`{directory}` is a file or a link, not a directory", hint)
     there = [path for path in sorted(directory.rglob("*")) if path.is_file()] if directory.exists() else []
     if not there:
         return

@@ -472,6 +472,19 @@ def write(path: Path, index: Index) -> None:
 
 
 def read(path: Path) -> Index:
+    """
+    Raises:
+        IntegrityError: it is gone, or no row index.
+    """
+    try:
+        return _read(path)
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError):
+        raise IntegrityError(
+            f"{path}: gone, or no row index any more", f"delete {path.parent} and run again"
+        ) from None
+
+
+def _read(path: Path) -> Index:
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
 
     def column(name: str) -> Any:

@@ -22,7 +22,8 @@ import jinja2.meta
 
 from packcli.data import symbolic
 from packcli.data.chat import Messages, Rejected
-from packcli.errors import ConfigError, DataError
+from packcli.deadline import within
+from packcli.errors import ConfigError, DataError, PackcliError
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
 
@@ -41,8 +42,9 @@ _BY_TRANSFORMERS = 16
 _MOST_PROGRAMS, _MOST_TEXTS = 4096, 4096
 # Spellings of control tokens: <|...|> with either bar, <s>, </s>, <bos>, <start_of_turn> and their like.
 _CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_[a-z_]+>")
-# What a template may raise on a conversation it is not made for.
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+MOST_S = 30.0
+"""For one conversation: a template is a program, and may never end."""
+_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Renderer:
         self._programs: dict[tuple[str, ...], _Program | None] = {}
         self._texts: dict[tuple[tuple[str, ...], bool], str] = {}
         self._count = 0
+        self._prompt: str | None = None
 
     def render(self, messages: Messages) -> Rendered:
         """The conversation as text, and what of it is trained on.
@@ -136,8 +139,11 @@ class Renderer:
             if self._symbolic is None or len(self._programs) == _MOST_PROGRAMS:
                 return None
             try:
-                text = self._marked(roles, False)
+                with within(MOST_S, _endless()):
+                    text = self._marked(roles, False)
                 spans = self._supervised(roles, text, lambda number, prompt: self._marked(roles[:number], prompt))
+            except NotTransparent:
+                raise
             except Exception:
                 # `Opaque`, or the template fails on these roles or on what only stands for text, or no prefix is
                 # one for every text. Jinja says which, or that this conversation is not concerned.
@@ -168,8 +174,8 @@ class Renderer:
         turns = [number for number, role in enumerate(roles) if role == "assistant"]
         spans = []
         for number in turns[-1:] if self.train_on == "last_assistant" else turns:
-            before = beginning(number, True) if number else ""
             after = beginning(number + 1, False) if number + 1 < len(roles) else text
+            before = beginning(number, True) if number else self._before_first(after)
             if not (after.startswith(before) and text.startswith(after)):
                 also = ", or `data.train_on` to last_assistant" if self.train_on == "assistant" else ""
                 raise DataError(
@@ -178,6 +184,21 @@ class Renderer:
                 )
             spans.append((len(before), len(after)))
         return spans
+
+    def _before_first(self, after: str) -> str:
+        """What stands before an answer that nothing precedes, up to and with the template's generation prompt.
+
+        Most templates cannot render no messages at all; the prompt is what one adds behind a question.
+        """
+        if self._prompt is None:
+            question = [{"role": "user", "content": "."}]
+            try:
+                without, prompted = self._apply(question), self._apply(question, True)
+            except Rejected:
+                without = prompted = ""
+            self._prompt = prompted.removeprefix(without) if prompted.startswith(without) else ""
+        found = after.find(self._prompt) if self._prompt else -1
+        return after[: found + len(self._prompt)] if found >= 0 else ""
 
     def _by_jinja(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         text = self._apply(messages)
@@ -196,14 +217,17 @@ class Renderer:
 
     def _apply(self, messages: Messages, prompt: bool = False) -> str:
         try:
-            if self._template is None:
-                return self._theirs(messages, prompt)
-            given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
-            text = str(self._template.render(given))
-            if self._count > _BY_TRANSFORMERS or text == self._theirs(messages, prompt):
-                return text
-        except _REFUSALS as error:
-            raise Rejected(f"the chat template refuses it: {error}") from None
+            with within(MOST_S, _endless()):
+                if self._template is None:
+                    return self._theirs(messages, prompt)
+                given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
+                text = str(self._template.render(given))
+                if self._count > _BY_TRANSFORMERS or text == self._theirs(messages, prompt):
+                    return text
+        except PackcliError:
+            raise
+        except Exception as error:  # what a program of somebody else's raises is no closed set
+            raise Rejected(f"the chat template refuses it: {str(error)[:_SHOWN]}") from None
         self._template = None
         if self.fast:
             self.fast = False
@@ -286,11 +310,19 @@ def _compiled(source: str) -> Any:
         from transformers.utils.chat_template_utils import _compile_jinja_template
     except ImportError:
         return None
+    hint = "mend it, or set `data.template`, for example to chatml"
     try:
-        return _compile_jinja_template(source)
-    except jinja2.TemplateError as error:
-        hint = "mend it, or set `data.template`, for example to chatml"
-        raise ConfigError(f"the chat template is not valid Jinja: {error}", hint) from None
+        with within(MOST_S, _endless()):  # Jinja computes constants: `9**9**9` takes minutes
+            return _compile_jinja_template(source)
+    except PackcliError:
+        raise
+    except Exception as error:  # Python's own refusals, too: blocks nested too deeply, numbers of 5,000 digits
+        raise ConfigError(f"the chat template is not valid Jinja: {str(error)[:_SHOWN]}", hint) from None
+
+
+def _endless() -> ConfigError:
+    cause = f"the chat template takes more than {MOST_S:g} s for one conversation"
+    return ConfigError(cause, "mend it, or set `data.template`, for example to chatml")
 
 
 def _symbolic(template: Any, source: str) -> jinja2.Template | None:
@@ -361,9 +393,13 @@ def _writings(source: str) -> Iterator[str]:
             "strftime_now": FIXED_DATE.strftime,
         }
         try:
-            yield template.render(messages=_messages(roles, roles), **given)
-        except _REFUSALS:
+            with within(MOST_S, _endless()):
+                text = template.render(messages=_messages(roles, roles), **given)
+        except PackcliError:
+            raise
+        except Exception:  # it refuses such a conversation
             continue
+        yield text
 
 
 def missing_tokens(template: str, tokenizer: Any) -> list[str]:

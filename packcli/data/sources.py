@@ -187,9 +187,21 @@ def files(spec: SourceSpec) -> tuple[Path, ...]:
             raise ConfigError(f"`{file}` is compressed", "decompress it first, as with `gzip -dk` or `zstd -d`")
         if file.suffix not in SUFFIXES:
             raise ConfigError(f"`{file}`: unknown file type", _HINT)
+        if not _is_unicode(file):
+            raise ConfigError(
+                f"`{file}`: its name is no UTF-8", "rename it: messages and manifests could not name it"
+            )
         if not os.access(file, os.R_OK):
             raise ConfigError(f"`{file}` is missing or may not be read", "check the file and its permissions")
     return tuple(found)
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the system gives bytes that are none as halves of surrogate pairs
+        return False
+    return True
 
 
 def _on_hub(spec: SourceSpec) -> bool:

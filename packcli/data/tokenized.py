@@ -54,6 +54,8 @@ def documents(record: Mapping[str, Any]) -> list[Document]:
         chat.Rejected: token ids that are none, columns of different lengths, labels that are not the ids, lengths
             that do not add up, or no supervised token in the whole row.
     """
+    if not isinstance(record, Mapping):
+        raise chat.Rejected("the record is not an object")
     ids = _column(record, "input_ids")
     if ids is None or not len(ids):
         raise chat.Rejected(f"`input_ids` is {'missing' if ids is None else 'empty'}")
@@ -85,6 +87,8 @@ def _column(record: Mapping[str, Any], name: str, length: int | None = None) -> 
         raise chat.Rejected(f"`{name}` is not a list of whole numbers")
     if length is not None and len(found) != length:
         raise chat.Rejected(f"`{name}` has {len(found):,} values, `input_ids` has {length:,}")
+    if found.dtype.kind == "u" and len(found) and found.max() > np.iinfo(np.int64).max:
+        raise chat.Rejected(f"`{name}` holds {found.max()}, which is too large")  # as int64 it would be negative
     return found.astype(np.int64)
 
 
@@ -134,6 +138,8 @@ def _by_lengths(lengths: Ints, places: Ints, trained: Bools) -> tuple[Ints, Ints
     """Lengths count the whole row, its padding as the last document, or what is no padding of it."""
     if (lengths < 0).any():
         raise chat.Rejected("a document's length is negative")
+    if (total := sum(lengths.tolist())) > len(trained):  # before so many places are made
+        raise chat.Rejected(f"documents of {total:,} tokens in a row of {len(places):,}")
     owner = np.repeat(np.arange(len(lengths)), lengths)
     if len(owner) == len(trained):
         return places, owner[places]

@@ -29,17 +29,28 @@ def build(order: TokensOrder) -> Any:
                 f"template `{order.template}` writes {', '.join(missing)}, which tokenizer `{name}` lacks",
                 "set `data.template` to `plain`, or take a tokenizer that has them",
             )
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"tokenizer `{order.tokenizer.name}` has no chat template",
-            "set `data.template` to chatml, plain, or a path to a Jinja file",
-        )
+    _check_template(tokenizer, order)
     return tokenizer
+
+
+def _check_template(tokenizer: Any, order: TokensOrder) -> None:
+    """Before any conversation is read: that there is a template, and that it can end a turn."""
+    name, hint = order.tokenizer.name, "set `data.template` to chatml, plain, or a path to a Jinja file"
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:  # none, or several of which none is the default
+        template = None
+    if not template or not isinstance(template, str):
+        raise ConfigError(f"tokenizer `{name}` has no chat template", hint)
+    if order.template is None and "eos_token" in render.missing_tokens(template, tokenizer):
+        raise ConfigError(
+            f"the template of tokenizer `{name}` writes `eos_token`, and the tokenizer has none", hint
+        )
 
 
 def load_directory(directory: Path) -> Any:
     """A tokenizer saved by `save_pretrained`."""
-    return _class(directory).from_pretrained(directory, local_files_only=True)
+    return _class(directory).from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def stored(directory: Path) -> Any:
@@ -79,14 +90,18 @@ def _load(order: TokenizerOrder) -> Any:
     online = local or _answers(name, order.revision)
     try:
         loader = _class(Path(name))
-        tokenizer = loader.from_pretrained(name, revision=order.revision or "main", local_files_only=not online)
-    except (OSError, ValueError) as error:
+        # Said explicitly: unsaid, transformers asks on the terminal whether to run what comes with it.
+        revision = order.revision or "main"
+        tokenizer = loader.from_pretrained(
+            name, revision=revision, local_files_only=not online, trust_remote_code=False
+        )
+    except Exception as error:  # what two libraries raise over a file of any content is no closed set
         if not online:
             offline = "connect, or name a directory that holds it"
             raise MissingError(
                 f"the hub cannot be reached, and tokenizer `{name}` is not in its cache", offline
             ) from None
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load tokenizer `{name}`: {reason}", hint) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer `{order.name}` has no fast version", "packcli needs a tokenizer.json")

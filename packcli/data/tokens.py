@@ -206,6 +206,15 @@ class Tokens:
 
 
 def _open_shard(path: Path) -> _Shard:
+    try:
+        return _opened(path)
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError):
+        raise IntegrityError(
+            f"{path}: gone, or no shard of tokens any more", f"delete {path.parent} and run again"
+        ) from None
+
+
+def _opened(path: Path) -> _Shard:
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
     def column(name: str) -> Any:

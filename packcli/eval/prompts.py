@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from packcli.data import corpus, topics
-from packcli.data.render import special_tokens
+from packcli.data.render import MOST_S, special_tokens
+from packcli.deadline import within
 from packcli.errors import ConfigError
 from packcli.eval import long_context
 from packcli.eval.protocol import Task
@@ -72,7 +73,7 @@ def end_of_turn(tokenizer: Any) -> str:
             "set `eval.chat_template: false` to score it on plain text, or save the template with the tokenizer",
         )
     exchange = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": _REPLY}]
-    rendered: str = tokenizer.apply_chat_template(exchange, tokenize=False)
+    rendered = rendered_by(tokenizer, exchange)
     _, found, rest = rendered.rpartition(_REPLY)
     if not found:
         raise ConfigError("the chat template does not show what the assistant said", "check the template")
@@ -95,8 +96,26 @@ def tokenizing_key(tokenizer: Any) -> str:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+    return rendered_by(tokenizer, messages, add_generation_prompt=True)
+
+
+def rendered_by(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """Messages by the chat template that came with a checkpoint: a program of somebody else's.
+
+    Raises:
+        ConfigError: it refuses them, or does not end.
+    """
+    hint = "mend its chat template, or set `eval.chat_template: false`"
+    cause = f"the checkpoint's chat template takes more than {MOST_S:g} s for one conversation"
+    try:
+        with within(MOST_S, ConfigError(cause, hint)):
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return text
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"the checkpoint's chat template refuses a conversation: {reason}", hint) from None
 
 
 def _lines(messages: list[dict[str, str]]) -> str:

@@ -261,13 +261,12 @@ def check_files(task: str, bench_data: Path | None) -> None:
         return
     for file in files(task):
         path = bench_data / file.path
-        try:
-            status = path.stat()
-        except OSError:
+        if not path.is_file():
             raise MissingError(
                 f"task `{task}` needs the benchmark file `{path}`, which is not there",
                 f"point `--bench-data` (in a sweep `eval.bench_data`) at the directory that holds `{file.path}`",
-            ) from None
+            )
+        status = path.stat()
         sha256 = _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
         if sha256 != file.sha256:
             raise IntegrityError(

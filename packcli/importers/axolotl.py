@@ -146,8 +146,8 @@ def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -
 
 
 def _usual(value: Any) -> bool:
-    known = {"role", "from", "content", "value"}
-    return set(value.values()) <= known if isinstance(value, dict) else value in known
+    known = ("role", "from", "content", "value")
+    return all(one in known for one in value.values()) if isinstance(value, dict) else value in known
 
 
 def _type(draft: Draft, place: str, value: Any, mapping: dict[str, str]) -> None:

@@ -241,6 +241,8 @@ def _warmup(draft: Draft, of: Dialect) -> None:
 
 def _batch(draft: Draft, of: Dialect, processes: int | None) -> None:
     each = int(number(draft, of.per_device, of.defaults[of.per_device]))
+    if each < 1:
+        raise ConfigError(f"{draft.source.path}: `{of.per_device}` is {each}", "correct it, then import again")
     accumulation = int(number(draft, "gradient_accumulation_steps", 1))
     if draft.source.get("gradient_accumulation_steps") is None and of.per_device == "micro_batch_size":
         accumulation = max(1, int(number(draft, "batch_size", each)) // each)

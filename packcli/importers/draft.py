@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from packcli.importers.source import Entry, Source
+from packcli.log import plain
 
 _SECTIONS = ("model", "data", "train", "eval")
 
@@ -101,7 +102,7 @@ class Draft:
 
     def text(self, name: str, made_by: str, entries: list[Entry]) -> str:
         """The sweep file."""
-        lines = [f"# {made_by}", f"name: {name}"]
+        lines = [plain(f"# {made_by}"), f"name: {name}"]
         for section in _SECTIONS:
             own = {key: value for key, value in self.values.items() if key.split(".")[0] == section}
             if own:
@@ -116,7 +117,8 @@ class Draft:
         missing = [entry for entry in entries if entry.fate == "not_carried"]
         if missing:
             lines += ["", "# Not carried:"]
-            lines += [f"#   line {one.line}, {one.key}: {one.value}. {_sentence(one)}" for one in missing]
+            # Shown and not obeyed: a line break in a key of theirs would begin a line of the sweep.
+            lines += [plain(f"#   line {one.line}, {one.key}: {one.value}. {_sentence(one)}") for one in missing]
         return "\n".join([*lines, ""])
 
     def _block(self, own: dict[str, Any], parent: str, depth: int) -> list[str]:
@@ -141,7 +143,7 @@ def _inline(value: Any) -> str:
 
 
 def _comment(text: str) -> str:
-    return f"  # {' '.join(text.split())}" if text else ""
+    return f"  # {plain(' '.join(text.split()))}" if text else ""
 
 
 def _sentence(entry: Entry) -> str:

@@ -111,6 +111,10 @@ def _sources(draft: Draft) -> None:
     """`dataset` by way of dataset_info.json, where that lies beside."""
     source = draft.source
     names = dialect.names(draft, "dataset")
+    if not names:
+        raise ConfigError(
+            f"{source.at('dataset')}: `dataset` names nothing", "packcli needs to know it: put it in"
+        )
     folder = str(source.get("dataset_dir", "data"))
     info = None if folder == "ONLINE" else _info(source.path, folder)
     if info is None:
@@ -131,7 +135,7 @@ def _sources(draft: Draft) -> None:
     draft.ignore("dataset_dir", f"where {_INFO} is looked for")
     limit = source.get("max_samples")
     if limit is not None and len(names) == 1:
-        draft.carry("max_samples", "data.max_documents", int(limit))
+        draft.carry("max_samples", "data.max_documents", int(dialect.number(draft, "max_samples", 0)))
     else:
         why = "packcli's `max_documents` counts all sources together"
         draft.drop("max_samples", why, "cut the files, or give each source a `weight`")
@@ -143,8 +147,10 @@ def _info(config: Path, folder: str) -> tuple[Path, dict[str, Any]] | None:
         if (file := directory / _INFO).is_file():
             try:
                 found = read_json(file)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise ConfigError(f"{file}: not JSON: {error}", "correct it, then import again") from None
+            if not isinstance(found, dict):
+                raise ConfigError(f"{file}: not a JSON object", "correct it, then import again")
             return directory, found
     return None
 
@@ -154,12 +160,15 @@ def _block(draft: Draft, name: str, directory: Path, info: dict[str, Any]) -> An
     if name not in info:
         near = ", ".join(list(info)[:8])
         raise ConfigError(f"{draft.source.at('dataset')}: {directory / _INFO} has no `{name}`", f"it has {near}")
-    found = dict(info[name])
+    found, columns = info[name], None
+    if isinstance(found, dict):
+        columns = found.get("columns") or {}
+    if not isinstance(columns, dict) or not all(isinstance(field, str | None) for field in columns.values()):
+        raise ConfigError(f"{directory / _INFO}: `{name}` is no block of keys", "correct it, then import again")
     block: dict[str, Any] = {
         "source": found.get("hf_hub_url") or str(directory / str(found.get("file_name", name)))
     }
     block |= {key: found[key] for key in ("subset", "split") if found.get(key)}
-    columns = found.get("columns") or {}
     known = {"messages": "messages"} if found.get("formatting") in ("sharegpt", "openai") else _ALPACA
     mapping = {
         known[key]: field for key, field in columns.items() if key in known and field and known[key] != field

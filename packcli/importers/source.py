@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from packcli.errors import ConfigError
-from packcli.yamlfile import KeyPath, Lines, parse
+from packcli.yamlfile import KeyPath, Lines, parse, read
 
 Fate = Literal["carried", "changed", "not_carried", "no_effect"]
 """In the sweep as it was; in the sweep, meaning something else; not in the sweep, though it changes what is
@@ -47,14 +47,14 @@ class Source:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"no file `{path}`", f"give a trainer's YAML file; see {DOCS}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read `{path}`: {error}", "a trainer's YAML in UTF-8 is expected") from None
+        text = read(path, "trainer's file", f"give a trainer's YAML file; see {DOCS}")
         self.path = path
         self._document, self._lines = parse(text, str(path), DOCS)
+        for key in self._document:
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{path}: a key that is no word: `{key}`", "no trainer has such a key; take it out"
+                )
         self._entries: dict[KeyPath, Entry] = {}
 
     @property
@@ -92,7 +92,8 @@ class Source:
             if once:
                 raise RuntimeError(f"`{key}` is dealt with twice")
             return
-        self._entries[path] = Entry(key, self._lines[path], self._shown(path), fate, to, why, do)
+        value = self.get(key)
+        self._entries[path] = Entry(key, self._lines[path], self._shown(path, value), fate, to, why, do)
 
     def off(self, key: str) -> bool:
         """Whether the key is there and says that something is not used."""
@@ -101,36 +102,34 @@ class Source:
 
     def entries(self, unknown: str) -> list[Entry]:
         """Every key once, in the order of the file; `unknown`: what is said of one that nobody dealt with."""
-        for path in _leaves(self._document, ()):
+        for path, value in _leaves(self._document, ()):
             if any(path[:depth] in self._entries for depth in range(1, len(path) + 1)):
                 continue
-            key = ".".join(path)
-            if self.get(key) is None:
-                self.mark(key, "no_effect", why="it has no value")
-            else:
-                self.mark(
-                    key, "not_carried", why=unknown, do="look up what it does; if it matters, say so by hand"
-                )
+            empty = value is None or value == ""
+            fate: Fate = "no_effect" if empty else "not_carried"
+            why = "it has no value" if empty else unknown
+            do = "" if empty else "look up what it does; if it matters, say so by hand"
+            shown = self._shown(path, value)
+            self._entries[path] = Entry(".".join(path), self._lines[path], shown, fate, (), why, do)
         return sorted(self._entries.values(), key=lambda entry: (entry.line, entry.key))
 
-    def _shown(self, path: KeyPath) -> str:
+    def _shown(self, path: KeyPath, value: Any) -> str:
         """A value on one line; never one that may be a password."""
         if _SECRET.search(path[-1]):
             return "(hidden)"
-        value = self.get(".".join(path))
         texts: Lines = self._lines
         text = texts.texts.get(path) or ("" if value is None else orjson.dumps(value, default=str).decode())
         text = " ".join(text.split())
         return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
-    """Paths of all values, lists of plain values as one."""
-    if isinstance(value, dict) and value:
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Paths of all values with these, lists of plain values as one, and mappings of what are no words."""
+    if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
         for key, inner in value.items():
-            yield from _leaves(inner, (*path, str(key)))
+            yield from _leaves(inner, (*path, key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, str(index)))
     elif path:
-        yield path
+        yield path, value

@@ -6,6 +6,7 @@ scripts/utils.py.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from packcli.errors import ConfigError
@@ -23,6 +24,7 @@ DIALECT = Dialect(
 _OTHER_TRAINERS = ("beta", "num_generations", "reward_funcs", "reward_model_path", "max_completion_length")
 _MAP_BATCH = 1000  # documents that `datasets.map(batched=True)` hands to the packer at a time
 _TEMPLATE = "template.jinja"
+_NO_NAME = r"[^A-Za-z0-9_-]+"
 
 
 def fill(draft: Draft, processes: int | None) -> None:
@@ -100,7 +102,12 @@ def _mixture(draft: Draft, where: str) -> None:
         "fraction": "weight", "weight": "weight",
     }  # fmt: skip
     blocks: list[dict[str, Any]] = []
-    for number, found in enumerate(draft.source.get(where)):
+    listed = draft.source.get(where)
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+        raise ConfigError(
+            f"{draft.source.at(where)}: `{where}` is no list of blocks", "see TRL's dataset mixtures"
+        )
+    for number, found in enumerate(listed):
         block: dict[str, Any] = {}
         for key in found:
             place = f"{where}.{number}.{key}"
@@ -225,4 +232,4 @@ def _packed(strategy: str) -> tuple[str, dict[str, Any], str]:
                 f"best-fit decreasing over {_MAP_BATCH:,} documents at a time, here first-fit; documents are kept "
                 "apart by their positions, in packcli by a mask that is tested at start-up"
             )
-            return f"trl_{strategy}", {"extends": "best_fit", **windows}, why
+            return f"trl_{re.sub(_NO_NAME, '_', strategy)[:40]}", {"extends": "best_fit", **windows}, why

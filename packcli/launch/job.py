@@ -19,6 +19,7 @@ from pathlib import Path
 from packcli import log, stages
 from packcli.errors import (
     ConfigError,
+    IntegrityError,
     KilledError,
     LockedError,
     OutOfMemoryError,
@@ -82,13 +83,19 @@ class Job:
         except FileNotFoundError:
             cause = f"`{directory}` is gone: the run directory was deleted or moved after this job was submitted"
             raise ConfigError(cause, "run `packcli sweep` again") from None
+        except ValueError:
+            raise _damaged(Store.order_in(directory)) from None
         self.place = Place.here()
         self.store = Store(Path(self.order.runs))
         self.element = self.order.array.at(self.place.element)
 
     @cached_property
     def plan(self) -> Plan:
-        return Plan.model_validate(read_json(self.store.submitted_plan(self.order.submission)))
+        path = self.store.submitted_plan(self.order.submission)
+        try:
+            return Plan.model_validate(read_json(path))
+        except (OSError, ValueError):
+            raise _damaged(path) from None
 
     @property
     def is_recorded(self) -> bool:
@@ -253,9 +260,14 @@ def was_out_of_memory(groups: str, root: Path = Path("/sys/fs/cgroup")) -> bool:
     return False
 
 
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path}: gone, or not as packcli wrote it", "run `packcli sweep` again")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes as those of packcli; 75 asks the batch script for another attempt."""
     what, directory, *rest = arguments if arguments is not None else sys.argv[1:]
+    log.mask_output()
     log.setup()
     job = None
     try:

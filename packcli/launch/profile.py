@@ -33,7 +33,7 @@ from packcli.launch.allowed import (
     has_token,
     minutes,
 )
-from packcli.yamlfile import KeyPath, Lines, Problems, parse
+from packcli.yamlfile import KeyPath, Lines, Problems, parse, read
 
 StageName = Literal["parts", "prepare", "base", "train", "eval", "report"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -170,12 +170,7 @@ def load(path: Path) -> Profile:
     Raises:
         ConfigError: the file is missing, is not YAML, or has problems; all of them in one message.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"no profile `{path}`", "give a path such as slurm/h100_4x8.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read `{path}`: {error}", "a profile is YAML in UTF-8") from None
+    text = read(path, "profile", "give a path such as slurm/h100_4x8.yaml")
     if not re.match(NAME_PATTERN, path.stem):
         raise ConfigError(f"`{path}`: a profile goes by its file's name", "letters, digits, `.`, `_`, `-` only")
     document, lines = parse(text, str(path), _DOCS)

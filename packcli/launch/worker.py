@@ -119,6 +119,7 @@ def _brief(error: Exception) -> str:
 def main() -> None:
     runs, answers, threads, parent, *local = sys.argv[1:6]
     die_with_parent(int(parent))
+    log.mask_output()
     Worker(Store(Path(runs), *map(Path, local)), int(answers), int(threads)).serve()
     if "RANK" in os.environ:
         from packcli.train import distributed

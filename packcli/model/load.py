@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from packcli.config import LoraSpec, ModelSpec
-from packcli.errors import ConfigError
+from packcli.errors import ConfigError, PackcliError
 from packcli.log import logger
 from packcli.model import attention, configs
 from packcli.model import lora as adapters
@@ -205,7 +204,9 @@ def _explained(source: str) -> Iterator[None]:
     """What transformers says about a checkpoint it cannot load, as one clear line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except PackcliError:
+        raise
+    except Exception as error:  # what several libraries raise over files of any content is no closed set
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"cannot load the model of checkpoint `{source}`: {lines[0]}",

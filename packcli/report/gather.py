@@ -190,7 +190,7 @@ def _documents(id_: str, max_length: int, store: Store) -> Spread | None:
     try:
         tokens = Tokens(store, id_, files=manifest.results["files"], shards=manifest.results["shards"])
         return _spread("documents, uncut", None, tokens.lengths, max_length)
-    except (OSError, ValueError, KeyError):
+    except (IntegrityError, OSError, ValueError, KeyError):
         return None
 
 
@@ -198,7 +198,7 @@ def _rows(name: str, row: Row, max_length: int, store: Store) -> Spread | None:
     try:
         found = indexes.read(store.rows(row.ids["index"])).epoch(0).tokens
         return _spread(name, row.labels.get("arm", ""), found, max_length)
-    except (OSError, ValueError, KeyError):
+    except (IntegrityError, OSError, ValueError, KeyError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from packcli.errors import IntegrityError
 from packcli.plan import Plan
 from packcli.report.fit import Fitted
 from packcli.store import Store
@@ -39,6 +40,7 @@ _BLOCKS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("rows", "rows"), ("  fewest possible", "rows_lower_bound")),
 )
 
+_KEYS = {key for block in _BLOCKS for _, key in block} | {"efficiency"}
 _REMARKS = (
     ("conversations say the same as another one (kept)", "conversations_repeated"),
     ("conversations were left out by the weights of their sources", "conversations_not_drawn"),
@@ -50,6 +52,9 @@ def collect(plan: Plan, store: Store) -> dict[str, Any]:
     cells = []
     for cell in plan.cells:
         manifest, source = store.manifest("index", cell.index), store.manifest("tokens", cell.tokens)
+        if manifest is not None and not manifest.results["ledger"].keys() >= _KEYS:
+            cause = f"{store.manifest_file('index', cell.index)}: its ledger is not whole"
+            raise IntegrityError(cause, store.again("index", cell.index))
         cells.append(
             {
                 "cell": cell.id,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from packcli.log import plain, plain_json
 from packcli.report import fit, latex, notes, sheets, words
 from packcli.report.ladder import Ladder
 from packcli.report.paper import Against
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _GAP = 2  # between columns
+_FORMULA = ("=", "+", "-", "@")  # a tab or line break before one of them is shown as `\t`
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _FRACTIONS = frozenset(
     {"score", "stderr", "stderr_items", "average", "delta", "detectable", "efficiency", "mfu"}
     | {"interval_low", "interval_high", "low", "high"}
@@ -163,9 +167,18 @@ def csv_text(report: Report, against: Against | None = None) -> str:
     columns = list(dict.fromkeys(column for record in records for column in record))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_with_unit, columns))
-    writer.writerows([record.get(column, "") for column in columns] for record in records)
+    writer.writerow(_csv_field(_with_unit(column)) for column in columns)
+    writer.writerows([_csv_field(record.get(column, "")) for column in columns] for record in records)
     return text.getvalue()
+
+
+def _csv_field(value: Any) -> Any:
+    """Numbers as they are. Text that a spreadsheet would run as a formula gets a `'` before it, as spreadsheets
+    write text themselves; control characters are shown."""
+    if not isinstance(value, str):
+        return value
+    shown = plain(value)
+    return f"'{shown}" if shown[:1] in _FORMULA and not _NUMBER.fullmatch(shown) else shown
 
 
 def _flat(record: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -216,4 +229,4 @@ def json_text(
         document["ladders"] = [one.model_dump(mode="json") for one in ladders]
     if against is not None:
         document["against"] = against.model_dump(mode="json")
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode()
+    return plain_json(orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode())

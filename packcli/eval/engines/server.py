@@ -27,9 +27,13 @@ from lm_eval.models.utils import (
 
 from packcli.errors import ConfigError, MissingError, PackcliError
 from packcli.eval.checkpoint import first_line, read_tokenizer
+from packcli.eval.engines import bounded
 from packcli.eval.engines.responses import Answer, Request, texts
 from packcli.eval.engines.split import encode_pair
+from packcli.eval.judge.replies import without
 from packcli.eval.judge.spec import Server, server
+
+_SHOWN = 300
 
 WORKERS = 16
 """Requests under way at a time, unless a batch size says otherwise."""
@@ -49,7 +53,10 @@ def load(checkpoint: Path | str, *, chat_template: bool, batch_size: int | None,
     source, tokenizer, stops = read_tokenizer(checkpoint, chat_template=chat_template)
     # A server of one's own wants no key; the client wants one.
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    client = openai.OpenAI(base_url=where.url, api_key=key, timeout=TIMEOUT_S, max_retries=RETRIES)
+    http = openai.DefaultHttpxClient(event_hooks={"response": [bounded.hook]}, timeout=TIMEOUT_S)
+    client = openai.OpenAI(
+        base_url=where.url, api_key=key, timeout=TIMEOUT_S, max_retries=RETRIES, http_client=http
+    )
     return Served(
         client, where, source, tokenizer, stops=stops, chat_template=chat_template, workers=batch_size or WORKERS
     )
@@ -179,22 +186,30 @@ class Served(TemplateLM):  # type: ignore[misc]
 
     def _complete(self, **asked: Any) -> openai.types.Completion:
         try:
-            return self._client.completions.create(model=self._model, **asked)
+            said = self._client.completions.create(model=self._model, **asked)
         except openai.BadRequestError as error:
             if asked.get("echo"):
                 raise self._no_logprobs() from None
             raise ConfigError(
-                f"the server at {self._host} refuses a request: {first_line(error)}", "see the server's own log"
+                f"the server at {self._host} refuses a request: {self._said(error)}", "see the server's own log"
             ) from None
         except openai.OpenAIError as error:
             raise self._explained(error) from None
+        choices = getattr(said, "choices", None)  # the client checks nothing of what a server sends
+        if not isinstance(choices, list) or not choices or not isinstance(getattr(choices[0], "text", None), str):
+            raise MissingError(f"the server at {self._host} sends no completion", "see the server's own log")
+        return said
 
     def _served_model(self, source: str) -> tuple[str, int | None]:
         """The server's name for the checkpoint, and its context in tokens where the server says it."""
         try:
-            served = {model.id: model for model in self._client.models.list().data}
+            served = {str(model.id): model for model in self._client.models.list().data}
         except openai.OpenAIError as error:
             raise self._explained(error) from None
+        except (AttributeError, TypeError):
+            raise MissingError(
+                f"the server at {self._host} lists no models", "give the URL of one that does"
+            ) from None
         if source not in served and len(served) != 1:
             names = ", ".join(sorted(served)[:8]) or "nothing"
             raise ConfigError(
@@ -205,17 +220,21 @@ class Served(TemplateLM):  # type: ignore[misc]
         length = getattr(model, "max_model_len", None)
         return model.id, length if isinstance(length, int) else None
 
+    def _said(self, error: openai.OpenAIError) -> str:
+        """A server's own words, which may repeat the key."""
+        return without(self._client.api_key, first_line(error))[:_SHOWN]
+
     def _explained(self, error: openai.OpenAIError) -> PackcliError:
         # The messages of the package name no key; the URL, which may hold a password, is in none of them.
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return ConfigError(f"the server at {self._host} refuses the key", "set OPENAI_API_KEY")
         if isinstance(error, openai.NotFoundError):
             return ConfigError(
-                f"the server at {self._host} has no completions: {first_line(error)}",
+                f"the server at {self._host} has no completions: {self._said(error)}",
                 "give the URL up to and with `/v1`, of a server that has `/completions`",
             )
         return MissingError(
-            f"the server at {self._host} does not answer: {first_line(error)}",
+            f"the server at {self._host} does not answer: {self._said(error)}",
             "see that it runs, and run the same command again: what it answered is kept",
         )
 

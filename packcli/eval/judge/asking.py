@@ -140,7 +140,11 @@ class Asking:
         """What a failed call is counted as; an error that every call would meet is raised."""
         import openai
 
+        from packcli.eval.engines import bounded
+
         match error:
+            case bounded.TooLongError():
+                return "too long", str(error)
             case openai.AuthenticationError():
                 raise ConfigError(
                     f"the judge's server {self._server.host} does not accept the key", "check OPENAI_API_KEY"
@@ -216,7 +220,16 @@ class Asking:
 
 def _client(server: Server, secret: str, spec: JudgeSpec) -> AsyncOpenAI:
     try:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        from packcli.eval.engines import bounded
     except ImportError:
         raise MissingError("judging needs the package `openai`", "pip install 'packcli[judge]'") from None
-    return AsyncOpenAI(api_key=secret, base_url=server.url, timeout=spec.timeout_s, max_retries=spec.max_retries)
+    http = DefaultAsyncHttpxClient(event_hooks={"response": [bounded.async_hook]}, timeout=spec.timeout_s)
+    return AsyncOpenAI(
+        api_key=secret,
+        base_url=server.url,
+        timeout=spec.timeout_s,
+        max_retries=spec.max_retries,
+        http_client=http,
+    )

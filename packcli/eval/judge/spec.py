@@ -44,10 +44,7 @@ def named(judge: str | None, given: Mapping[str, object]) -> JudgeSpec | None:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ConfigError(f"the judge's `{where}`: {first['msg']}", f"see {DOCS}") from None
-    try:
-        text = Path(judge).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the judge in `{judge}`: {type(error).__name__}", f"see {DOCS}") from None
+    text = yamlfile.read(Path(judge), "judge's file", f"see {DOCS}")
     document, lines = yamlfile.parse(text, judge, DOCS)
     try:
         return JudgeSpec.model_validate({**document, **keys})
@@ -115,10 +112,7 @@ def prices(path: Path) -> dict[str, Price]:
     Raises:
         ConfigError: no such file, or something else in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prices in `{path}`: {type(error).__name__}", f"see {DOCS}") from None
+    text = yamlfile.read(path, "file of prices", f"see {DOCS}")
     document, lines = yamlfile.parse(text, str(path), DOCS)
     problems = yamlfile.Problems(str(path), lines, DOCS)
     found = {}

@@ -35,7 +35,7 @@ CHOICES = {"A++": 1.0, "A+": 0.5, "A=B": 0.0, "B+": -0.5, "B++": -1.0}
 
 _MAX_CHARS = 100_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+_FENCE = "```"
 _RATING = re.compile(r"\[\[(\d{1,4}(?:\.\d{1,4})?)\]\]")
 _NUMBER = re.compile(r"\d{1,4}(?:\.\d{1,4})?")
 
@@ -117,9 +117,8 @@ def read(text: str, form: Form) -> float:
 
 
 def _object(text: str, keys: Sequence[str]) -> dict[str, Any]:
-    fenced = _FENCED.fullmatch(text)
     # WildBench's reader, too, takes line breaks inside of strings for spaces; JSON does not allow them.
-    plain = (fenced[1] if fenced else text).replace("\n", " ")
+    plain = _unfenced(text).replace("\n", " ")
     try:
         found = json.loads(plain, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -130,6 +129,15 @@ def _object(text: str, keys: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise UnusableError("no score", f"no `{missing[0]}`")
     return found
+
+
+def _unfenced(text: str) -> str:
+    """What stands between a first and a last line of ```, where all of `text` does. (A pattern that says so takes
+    a second on a thousand line breaks, and years on what a reply may hold.)"""
+    first, _, rest = text.strip().partition("\n")
+    inner, closing, last = rest.rpartition("\n")
+    fenced = first.strip() in (_FENCE, f"{_FENCE}json") and closing and last.strip() == _FENCE
+    return inner if fenced else text
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
