@@ -63,6 +63,7 @@ Unsafe = Annotated[
 ]
 Format = Literal["table", "md", "csv", "latex", "json", "html", "ladder"]
 DEFAULT_RUNS = Path("runs")
+_AUDITED_ANEW = "an audit begins anew; what --out DIR already holds of configurations that were finished stays"
 
 
 def _open(sweep: Path, sets: list[str] | None, only: list[str] | None, runs: Path) -> tuple[Plan, Store]:
@@ -695,14 +696,22 @@ def audit_(
     Without a file or a --trainer: the reference configurations of every trainer whose environment is there.
     """
     from packcli.audit import command, table
+    from packcli.launch.local import terminable
 
     files = {"trl": trl, "llamafactory": llamafactory, "axolotl": axolotl}
     asked = command.Asked(files, trainers or [], envs, python or [], out)
     command.install(install or [], envs)
-    rows, failures = command.run(asked) if not install or asked.named else ([], [])
+    try:
+        with terminable(_AUDITED_ANEW):
+            rows, failures = command.run(asked) if not install or asked.named else ([], [])
+    except KeyboardInterrupt:
+        console.complain("interrupted", _AUDITED_ANEW)
+        sys.exit(130)
     if json:
         console.print_json(table.document(rows))
     elif rows:
+        for line in table.warnings(rows):
+            typer.echo(log.plain(line))
         typer.echo(table.markdown(rows)) if format_ == "md" else console.show(table.drawn(rows))
         for line in table.evidence(rows):
             typer.echo(log.plain(line))
@@ -734,9 +743,9 @@ def import_config(
         Literal["trl", "axolotl", "llamafactory"] | None,
         typer.Option("--from", help="Whose file it is. [default: seen by its keys]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="SWEEP", help="The sweep file to write.")] = Path(
-        "sweep.yaml"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="SWEEP", help="The sweep file to write; `-`: to stdout.")
+    ] = Path("sweep.yaml"),
     processes: Annotated[
         int | None, typer.Option("--processes", metavar="N", min=1, help="That train together; no file says it.")
     ] = None,
@@ -748,13 +757,18 @@ def import_config(
     """Make a sweep of another trainer's configuration, and say what became of each of its keys."""
     from packcli.importers import convert
 
+    to_stdout = str(out) == "-"
+    if to_stdout and json:
+        raise ConfigError("--json and `--out -` both want stdout", "name a file with --out")
     imported = convert.convert(file, from_, processes, toy=toy)
-    written = convert.write(imported, out)
+    text = convert.alone(imported) if to_stdout else ""
+    written = [] if to_stdout else convert.write(imported, out)
     if json:
         console.print_json(imported.document(out))
         return
+    typer.echo(text, nl=False)
     for line in convert.lines(imported, out, written):
-        typer.echo(log.plain(line))
+        typer.echo(log.plain(line), err=to_stdout)
 
 
 def _report(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -78,6 +78,11 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> N
         lines.texts[path] = node.value
 
 
+def nearest(key: str, keys: Iterable[str]) -> str | None:
+    """What a key that nobody knows may have been meant for."""
+    return next(iter(difflib.get_close_matches(key, list(keys), n=1)), None)
+
+
 class Problems:
     """All that is wrong with a file, each said once, with its line and the nearest key."""
 
@@ -94,8 +99,8 @@ class Problems:
     def unknown(self, path: tuple[str, ...], dotted: str, keys: Sequence[str]) -> None:
         """`path`: where it stands in the file; `keys`: what its last part could have been."""
         *parents, key = dotted.split(".")
-        near = [".".join([*parents, close]) for close in difflib.get_close_matches(key, keys, n=1)]
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(keys)}"
+        near = nearest(key, keys)
+        hint = f"did you mean `{'.'.join([*parents, near])}`?" if near else f"known here: {', '.join(keys)}"
         self.add(path, f"unknown key `{dotted}`; {hint}")
 
     def raise_if_any(self) -> None:
