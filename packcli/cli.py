@@ -68,6 +68,7 @@ Unsafe = Annotated[
 ]
 Format = Literal["table", "md", "csv", "latex", "json", "html", "ladder"]
 DEFAULT_RUNS = Path("runs")
+_AUDITED_ANEW = "an audit begins anew; what --out DIR already holds of configurations that were finished stays"
 
 
 def _open(
@@ -692,6 +693,7 @@ def doctor(
     ] = "local",
     only: Only = None,
     set_: Sets = None,
+    max_cells: MaxCells = None,
     runs: Runs = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
@@ -706,7 +708,7 @@ def doctor(
     profile = None if on == "local" else load_profile(Path(on))
     asked = None
     if sweep is not None:
-        plan, store = _open(sweep, set_, only, runs)
+        plan, store = _open(sweep, set_, only, runs, max_cells)
         asked = Sweep(plan, store, fetch.remote(plan), here=profile is None)
     found = command.examine(runs, asked, profile)
     if json:
@@ -761,14 +763,22 @@ def audit_(
     Without a file or a --trainer: the reference configurations of every trainer whose environment is there.
     """
     from packcli.audit import command, table
+    from packcli.launch.local import terminable
 
     files = {"trl": trl, "llamafactory": llamafactory, "axolotl": axolotl}
     asked = command.Asked(files, trainers or [], envs, python or [], out)
     command.install(install or [], envs)
-    rows, failures = command.run(asked) if not install or asked.named else ([], [])
+    try:
+        with terminable(_AUDITED_ANEW):
+            rows, failures = command.run(asked) if not install or asked.named else ([], [])
+    except KeyboardInterrupt:
+        console.complain("interrupted", _AUDITED_ANEW)
+        sys.exit(130)
     if json:
         console.print_json(table.document(rows))
     elif rows:
+        for line in table.warnings(rows):
+            console.say(line)
         console.say(table.markdown(rows)) if format_ == "md" else console.show(table.drawn(rows))
         for line in table.evidence(rows):
             console.say(line)
@@ -805,9 +815,9 @@ def import_config(
         Literal["trl", "axolotl", "llamafactory"] | None,
         typer.Option("--from", help="Whose file it is. [default: seen by its keys]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="SWEEP", help="The sweep file to write.")] = Path(
-        "sweep.yaml"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="SWEEP", help="The sweep file to write; `-`: to stdout.")
+    ] = Path("sweep.yaml"),
     processes: Annotated[
         int | None, typer.Option("--processes", metavar="N", min=1, help="That train together; no file says it.")
     ] = None,
@@ -819,13 +829,18 @@ def import_config(
     """Make a sweep of another trainer's configuration, and say what became of each of its keys."""
     from packcli.importers import convert
 
+    to_stdout = str(out) == "-"
+    if to_stdout and json:
+        raise ConfigError("--json and `--out -` both want stdout", "name a file with --out")
     imported = convert.convert(file, from_, processes, toy=toy)
-    written = convert.write(imported, out)
+    text = convert.alone(imported) if to_stdout else ""
+    written = [] if to_stdout else convert.write(imported, out)
     if json:
         console.print_json(imported.document(out))
         return
+    typer.echo(text, nl=False)
     for line in convert.lines(imported, out, written):
-        console.say(line)
+        console.say(line, err=to_stdout)
 
 
 def _report(

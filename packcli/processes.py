@@ -23,7 +23,7 @@ GRACE_S = 300.0
 """How long a training that was asked to stop may take to write its checkpoint."""
 ONE_REQUEST_S = 2.0
 """Signals this close together are one request: a cluster signals each process of a job, and we pass signals on."""
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 # Slow to import, and what most of this work needs; one that is not installed is passed over.
 _PRELOADED = ("transformers.tokenization_utils_tokenizers", "gigatoken", "awkward")
 _call: Callable[[Any], Any] | None = None
@@ -37,7 +37,7 @@ def cores() -> int:
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux; elsewhere a no-op)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
 

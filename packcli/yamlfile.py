@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def nearest(key: str, keys: Iterable[str]) -> str | None:
+    """What a key that nobody knows may have been meant for."""
+    return next(iter(difflib.get_close_matches(key, list(keys), n=1)), None)
+
+
 class Problems:
     """All that is wrong with a file, each said once, with its line and the nearest key."""
 
@@ -176,8 +181,8 @@ class Problems:
     def unknown(self, path: tuple[str, ...], dotted: str, keys: Sequence[str]) -> None:
         """`path`: where it stands in the file; `keys`: what its last part could have been."""
         *parents, key = dotted.split(".")
-        near = [".".join([*parents, close]) for close in difflib.get_close_matches(key, keys, n=1)]
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(keys)}"
+        near = nearest(key, keys)
+        hint = f"did you mean `{'.'.join([*parents, near])}`?" if near else f"known here: {', '.join(keys)}"
         self.add(path, f"unknown key `{dotted}`; {hint}")
 
     def raise_if_any(self) -> None:

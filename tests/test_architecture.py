@@ -22,6 +22,7 @@ RANKS = {
     "processes": 0,
     "seeds": 0,
     "yamlfile": 1,
+    "whose": 1,
     "config": 1,
     "sweepfile": 2,
     "batching": 2,

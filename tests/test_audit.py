@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import listen_to_ctrl_c
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -258,6 +262,96 @@ def test_strict_ends_well_although_an_answer_is_no(monkeypatch: pytest.MonkeyPat
 
 def test_a_question_has_no_line_in_the_table() -> None:
     assert set(table.SAID) == {question.__name__ for question in QUESTIONS}
+
+
+def test_another_trainers_file_is_audited_as_the_defaults_of_the_one_that_was_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base_model: a/b\nsequence_len: 512\nsample_packing: true\n")
+    asked = command.Asked({"trl": file}, [], tmp_path, [f"trl={sys.executable}"], None)
+    with pytest.raises(ConfigError, match=r"is a file of axolotl, not of TRL: .*`sample_packing`") as caught:
+        command.run(asked)
+    assert "--axolotl" in caught.value.fix
+
+
+def test_keys_that_were_not_audited_are_said_below_the_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding(question.__name__, "yes", "") for question in QUESTIONS]
+    row = Audited(Subject("packcli", "mine.yaml", {"paking": True}), {"packcli": "0.1.0"}, found, ("paking",))
+    monkeypatch.setattr(run, "audit", lambda subject, python: row)
+    done = CliRunner().invoke(app, ["audit", "--trainer", "packcli"])
+    first = done.stdout.splitlines()[0]
+    assert ("paking" in first, "NOT audited" in first) == (True, True)
+
+
+# The end of an audit ----------------------------------------------------------------------------------------
+
+
+def alive(directory: Path) -> set[int]:
+    """Processes that work below a directory."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            here = link.readlink().is_relative_to(directory)
+        except OSError:  # it ended, or is a zombie
+            continue
+        if here:
+            found.add(int(link.parent.name))
+    return found
+
+
+def until(seen: Callable[[], object], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 75, "error: stopped by SIGTERM"), (signal.SIGINT, 130, "error: interrupted")],
+)
+def test_a_stopped_audit_leaves_a_trainer_and_its_files_behind(
+    number: signal.Signals, code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("packing: true\n")
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nsleep 600 & sleep 600\n")
+    fake.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packcli", "audit", "--trl", "mine.yaml", "--python", f"trl={fake}"],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPO)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_ctrl_c,
+    )
+    until(lambda: len(alive(tmp_path) - {process.pid}) == 3, "the trainer has not begun")
+    process.send_signal(number)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == code, complained
+    assert said in complained
+    assert "an audit begins anew" in complained
+    assert "audit 1 of 1: trl mine.yaml" in complained
+    until(lambda: not alive(tmp_path), "the trainer lives on", 5)
+    assert not list(tmp_path.glob("packcli-audit-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_outlive_an_audit_that_was_killed(number: signal.Signals, tmp_path: Path) -> None:
+    guard, _, _ = bundle.runner("packcli").partition("# crafted -")
+    (tmp_path / "run.py").write_text(f"{guard}\nimport time\n\ntime.sleep(600)\n")
+    code = (
+        "import pathlib, sys; from packcli.audit import run; "
+        "run._perform(pathlib.Path(sys.executable), 2, {}, pathlib.Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, preexec_fn=listen_to_ctrl_c)
+    until(lambda: len(alive(tmp_path)) >= 3, "no ranks")
+    time.sleep(1)  # what they ask the kernel for, they ask first of all
+    process.send_signal(number)
+    process.wait()
+    until(lambda: not alive(tmp_path), "ranks live on", 10)
 
 
 # The real trainers ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from packcli import stages, sweepfile
 from packcli.errors import ConfigError
 from packcli.importers import convert, dialect
-from packcli.importers.convert import Imported, Trainer
+from packcli.importers.convert import Imported
 from packcli.store import Store
+from packcli.whose import Trainer
 
 FILES = sorted((REPO / "tests" / "imported").glob("*.y*ml"))
 
@@ -280,6 +282,111 @@ def test_an_inline_template_gets_a_file_that_the_sweep_names(tmp_path: Path) -> 
     assert Path(found["data"]["template"]).read_text() == template
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (f"{TRL}dataset_train_split: train[:50%]".replace("owner/data", "chats.jsonl"), "dataset_train_split"),
+        (f"{TRL}dataset_config: main".replace("owner/data", "chats.jsonl"), "dataset_config"),
+        (AXOLOTL.replace("owner/data", "chats.jsonl, split: 'train[:50%]'"), "datasets.0.split"),
+        (AXOLOTL.replace("owner/data", "json, data_files: chats.jsonl, split: 'train[:9]'"), "datasets.0.split"),
+    ],
+)
+def test_a_key_of_the_hub_makes_a_sweep_of_a_local_file_that_cannot_run(
+    text: str, place: str, tmp_path: Path
+) -> None:
+    imported = given_text(tmp_path, text)
+    assert fate(imported, place) == "not_carried"
+    source = sweep(imported, tmp_path)["data"]["source"]
+    assert source in ("chats.jsonl", ["chats.jsonl"])
+
+
+def test_a_split_of_the_hub_is_lost_and_the_default_one_reported_as_missing(tmp_path: Path) -> None:
+    text = f"{TRL}dataset_train_split: train[:50%]"
+    found = sweep(given_text(tmp_path, text), tmp_path)["data"]["source"]
+    assert found == {"source": "owner/data", "split": "train[:50%]"}
+    plain = given_text(tmp_path, AXOLOTL.replace("owner/data", "chats.jsonl, split: train"))
+    assert fate(plain, "datasets.0.split") == "no_effect"
+
+
+def test_a_loader_is_taken_for_data(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`json` names a loader"):
+        given_text(tmp_path, TRL.replace("owner/data", "json"))
+    text = AXOLOTL.replace("owner/data", "json, data_files: [a.jsonl, b.jsonl]")
+    imported = given_text(tmp_path, text)
+    assert sweep(imported, tmp_path)["data"]["source"] == ["a.jsonl", "b.jsonl"]
+    assert fate(imported, "datasets.0.data_files") == "carried"
+
+
+def test_data_that_are_not_there_are_found_missing_only_when_the_sweep_runs(tmp_path: Path) -> None:
+    text = TRL.replace("owner/data", str(tmp_path / "chats.jsonl"))
+    assert any("no data at" in sentence for sentence in given_text(tmp_path, text).warnings)
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    assert not given_text(tmp_path, text).warnings
+    assert not given_text(tmp_path, TRL, toy=True).warnings
+
+
+# Keys that are called something else ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "meant"),
+    [
+        (f"{TRL}paking: true", "paking", "packing"),
+        (f"{AXOLOTL}packing: true", "packing", "sample_packing"),
+        (f"{FACTORY}neat_packin: true", "neat_packin", "neat_packing"),
+        (f"{TRL}neftune_noise_alfa: 5", "neftune_noise_alfa", "neftune_noise_alpha"),
+    ],
+)
+def test_a_slip_of_a_letter_silently_makes_another_sweep(text: str, key: str, meant: str, tmp_path: Path) -> None:
+    imported = given_text(tmp_path, text)
+    assert fate(imported, key) == "not_carried"
+    [warning] = [sentence for sentence in imported.warnings if f" {key}: " in sentence]
+    assert f"did you mean `{meant}`?" in warning
+    assert "another question" in warning
+
+
+def test_a_published_file_with_an_earlier_name_of_a_key_loses_it(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{TRL}max_seq_length: 512\nmax_length: 64")
+    assert sweep(imported, tmp_path)["data"]["max_length"] == 512
+    assert (fate(imported, "max_seq_length"), fate(imported, "max_length")) == ("changed", "no_effect")
+    for name in ("model_revision", "revision_of_model"):
+        found = sweep(given_text(tmp_path, f"{AXOLOTL}{name}: v1"), _new(tmp_path, name))
+        assert found["model"]["revision"] == "v1"
+
+
+# What is printed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_a_key_is_missing_on_the_screen(file: Path) -> None:
+    imported = convert.convert(file, None, None)
+    words = set(re.split(r"[\s,:]+", "\n".join(convert.lines(imported, Path("mine.yml"), []))))
+    assert not [entry.key for entry in imported.entries if entry.key not in words]
+
+
+def test_the_toys_base_model_comes_as_a_surprise(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, TRL, toy=True)
+    assert any("base model (2,600 steps)" in line for line in convert.lines(imported, Path("mine.yml"), []))
+
+
+def test_a_dash_becomes_a_file_of_that_name(tmp_path: Path, run_cli: Any) -> None:
+    (tmp_path / "theirs.yaml").write_text(TRL)
+    done = run_cli("import-config", "theirs.yaml", "--out", "-", cwd=tmp_path)
+    assert (done.code, yaml.safe_load(done.stdout)["model"]["name"]) == (0, "owner/model")
+    assert "a file of TRL" in done.stderr
+    assert not (tmp_path / "-").exists()
+    assert run_cli("import-config", "theirs.yaml", "--out", "-", "--json", cwd=tmp_path).code == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "said"), [("none/here/x.yml", "no directory `.*none/here`"), ("/proc/x.yml", "cannot")]
+)
+def test_a_sweep_is_written_where_nobody_looks_for_it(out: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        convert.write(given_text(tmp_path, TRL), tmp_path / out)
+    assert not (tmp_path / "none").exists()
+
+
 # Refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +400,9 @@ def test_an_inline_template_gets_a_file_that_the_sweep_names(tmp_path: Path) -> 
         (f"{TRL}num_generations: 8", None, "no key of SFT"),
         (f"{TRL}learning_rate: fast", None, "no number: `fast`"),
         ("dataset_name: a/b", None, "no `model_name_or_path`"),
+        (AXOLOTL, "trl", "is a file of axolotl, not of TRL"),
+        (FACTORY, "axolotl", "is a file of LLaMA-Factory, not of axolotl"),
+        (AXOLOTL.replace("chat_template", "completion"), None, "theirs.yaml:3: `type: completion` is plain text"),
         ("- 1", None, "a mapping"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from packcli import processes
 from packcli.audit.questions import QUESTIONS, Finding
 
 _HERE = Path(__file__).parent
@@ -27,11 +29,32 @@ Crafted data and a tiny Llama with random weights, on a CPU; nothing is download
 """
 
 '''
+# Before all slow imports. Ranks lie in sessions of their own, so only their parent's death can take them along.
+_GUARD = """
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = {constant}
+
+
+{guard}
+
+if __name__ == "__main__":
+    die_with_parent(int(os.environ["PACKCLI_AUDIT_PARENT"]))
+    os.environ["PACKCLI_AUDIT_PARENT"] = str(os.getpid())
+    if "RANK" not in os.environ and sys.argv[4] != "1":
+        from torch.distributed.run import main
+
+        main(["--standalone", "--nproc-per-node", sys.argv[4], *sys.argv])
+        sys.exit()
+
+"""
 _RUN = """
 
 if __name__ == "__main__":
     import json
-    import sys
 
     job = json.loads(Path(sys.argv[1]).read_text())
     recorded = perform(job, Path(sys.argv[2]), drive, PACKAGES)
@@ -61,8 +84,10 @@ if __name__ == "__main__":
 
 
 def runner(trainer: str) -> str:
-    """`python FILE JOB.json WORK OUT.json` performs a job."""
-    return _joined("crafted", "trace", f"drive_{trainer}", "perform") + _RUN
+    """`python FILE JOB.json WORK OUT.json RANKS` performs a job, and dies with PACKCLI_AUDIT_PARENT (a pid)."""
+    guard = _GUARD.format(constant=processes.PR_SET_PDEATHSIG, guard=inspect.getsource(processes.die_with_parent))
+    head, future, rest = _joined("crafted", "trace", f"drive_{trainer}", "perform").partition("annotations\n")
+    return head + future + guard + rest + _RUN
 
 
 def reproducer(trainer: str, finding: Finding, job: dict[str, Any], versions: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcli import log
+from packcli import log, whose
 from packcli.audit import run as running
 from packcli.audit import trainers
 from packcli.audit.run import Audited
@@ -49,10 +49,12 @@ def run(asked: Asked) -> tuple[list[Audited], list[PackcliError]]:
     subjects = _subjects(asked, pythons)
     with log.progress() as display:
         task = display.add_task("audit", total=len(subjects), note="")
-        for subject in subjects:
+        for number, subject in enumerate(subjects, 1):
             name = f"{subject.trainer} {subject.name}"
             try:
                 display.update(task, note=name)
+                if display.disable:  # no terminal: a line each, as one takes minutes
+                    log.logger.info("audit %d of %d: %s", number, len(subjects), name)
                 row = running.audit(subject, pythons[subject.trainer])
             except PackcliError as error:
                 failures.append(error)
@@ -99,7 +101,10 @@ def _own(trainer: Trainer, path: Path) -> Subject:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error.__class__.__name__}", "name a YAML file of the trainer") from None
-    return trainers.own(trainer, path.name, parse(text, str(path), "docs/audit.md")[0])
+    configuration = parse(text, str(path), "docs/audit.md")[0]
+    if trainer != "packcli":
+        whose.confirm(trainer, map(str, configuration), str(path), "--{}")
+    return trainers.own(trainer, path.name, configuration)
 
 
 def _trainer(name: str) -> Trainer:

@@ -16,6 +16,7 @@ def drive(configuration: dict[str, Any], run: dict[str, Any], work: Path) -> tup
     from axolotl.common.datasets import load_datasets
     from axolotl.train import train
     from axolotl.utils.dict import DictDefault
+    from axolotl.utils.schemas.config import AxolotlInputConfig
 
     chats = {
         "path": str(work / "chats.jsonl"),
@@ -35,4 +36,6 @@ def drive(configuration: dict[str, Any], run: dict[str, Any], work: Path) -> tup
     }
     cfg = load_cfg(DictDefault({**configuration, **ours, **run["arguments"]}))
     train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
-    return [], []
+    fields = AxolotlInputConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values())}
+    return sorted(configuration.keys() - known), []

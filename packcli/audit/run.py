@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from packcli.log import logger
 
 LIMIT_S = 900.0
 """Of one process; a subject takes some 20 to 60 s on one core."""
+_LEAVE_S = 5.0
+"""What a trainer that is stopped may take to stop its ranks; then it is killed, and they with it."""
 _NEEDS = {
     "micro_batches": ("base", "wide", "narrow"),
     "resume_exact": ("base", "stopped", "resumed"),
@@ -99,13 +103,12 @@ def audit(subject: Subject, python: Path) -> Audited:
         RunError: the trainer could not be run at all; what it said last.
     """
     alone, together = trainers.jobs(subject)
-    with tempfile.TemporaryDirectory(prefix="packcli-audit-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="packcli-audit-", ignore_cleanup_errors=True) as scratch:
         work = Path(scratch)
         (work / "run.py").write_text(bundle.runner(subject.trainer))
-        recorded = _perform(python, [], alone, work)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        recorded = _perform(python, 1, alone, work)
         try:
-            recorded["runs"] |= _perform(python, launch, together, work)["runs"]
+            recorded["runs"] |= _perform(python, 2, together, work)["runs"]
         except RunError as error:
             recorded["runs"]["ranks"] = {"failed": error.cause, "steps": [], "losses": []}
     if failed := recorded["runs"]["base"]["failed"]:
@@ -114,16 +117,12 @@ def audit(subject: Subject, python: Path) -> Audited:
     return Audited(subject, recorded["versions"], found, tuple(recorded.get("not_carried", ())))
 
 
-def _perform(python: Path, launch: Sequence[str], job: dict[str, Any], work: Path) -> Any:
+def _perform(python: Path, ranks: int, job: dict[str, Any], work: Path) -> Any:
     (work / "asked.json").write_text(json.dumps(job))
-    command = [str(python), *launch, "run.py", "asked.json", "work", "out.json"]
     (work / "work").mkdir(exist_ok=True)
-    try:
-        done = subprocess.run(
-            command, cwd=work, env=_environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RunError(f"no end after {LIMIT_S:,.0f} s", "") from None
+    (work / "tmp").mkdir(exist_ok=True)
+    command = [str(python), "run.py", "asked.json", "work", "out.json", str(ranks)]
+    done = _ended(command, work)
     if done.returncode or not (work / "out.json").exists():
         errors = [line for line in done.stderr.splitlines() if re.match(r"^\S*(Error|Exception)\b.*:", line)]
         last = (errors or done.stderr.strip().splitlines() or ["nothing"])[0 if errors else -1]
@@ -133,8 +132,49 @@ def _perform(python: Path, launch: Sequence[str], job: dict[str, Any], work: Pat
     return recorded
 
 
-def _environment() -> dict[str, str]:
-    """Offline, on the CPU, without the user's own tokens and trackers; packcli's path, for packcli's own row."""
+def _ended(command: list[str], work: Path) -> subprocess.CompletedProcess[str]:
+    """Run a trainer to its end; it outlives neither this call nor this process, however that ends.
+
+    Raises:
+        RunError: it takes too long.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=work,
+        env=_environment(work),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for packcli, which stops it
+    ) as process:
+        try:
+            said, complained = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise RunError(f"no end after {LIMIT_S:,.0f} s", "") from None
+        finally:
+            _stop(process)
+    return subprocess.CompletedProcess(command, process.returncode, said, complained)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End it, where it has not ended by itself, and all that it started."""
+    try:
+        if process.poll() is None:
+            process.terminate()  # torch's agent sees its ranks out
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LEAVE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """Offline, on the CPU, without the user's own tokens and trackers; packcli's path, for packcli's own row.
+
+    A trainer's temporary files go where they are deleted with all the rest.
+    """
     kept = {key: value for key, value in os.environ.items() if not re.search(r"TOKEN|SECRET|KEY|WANDB|^HF_", key)}
     here = {
         "HF_HUB_OFFLINE": "1",
@@ -142,7 +182,9 @@ def _environment() -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    return {**kept, **here, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(Path(__file__).parents[2])}
+    own = {"PACKCLI_AUDIT_PARENT": str(os.getpid()), "TMPDIR": str(work / "tmp")}
+    path = str(Path(__file__).parents[2])
+    return {**kept, **here, **own, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
 
 
 def write(audited: Audited, directory: Path) -> list[Path]:

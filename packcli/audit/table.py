@@ -52,6 +52,16 @@ def markdown(rows: Sequence[Audited]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def warnings(rows: Sequence[Audited]) -> list[str]:
+    """What to know before the answers: keys that its trainer made nothing of, which a slip of a letter may be."""
+    return [
+        f"{_head(row).replace(chr(10), ' ')}: NOT audited, as its trainer has no use for them: "
+        f"{', '.join(row.not_carried)}. What follows is of the other keys"
+        for row in rows
+        if row.not_carried
+    ]
+
+
 def evidence(rows: Sequence[Audited]) -> list[str]:
     """What was seen behind every `no` and every question without an answer, and what was not as configured."""
     said = []

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from packcli.errors import ConfigError
-from packcli.importers import dialect
+from packcli.importers import data, dialect
+from packcli.importers.data import HubKey
 from packcli.importers.dialect import Dialect
 from packcli.importers.draft import Draft
 
@@ -25,6 +26,7 @@ DIALECT = Dialect(
     },
 )  # fmt: skip
 _OTHER_TRAINERS = ("rl", "pretraining_dataset", "reward_model", "process_reward_model")
+_NO_CHATS = ("completion", "input_output", "pretrain")
 _TEMPLATE = "template.jinja"
 _PATHS = "where axolotl keeps prepared data: packcli has its run directory (--runs)"
 _TRACKS = "logging: --set train.trackers=[wandb] sends packcli's metrics there"
@@ -41,6 +43,7 @@ _NO_EFFECT = {
         "sample_packing_mp_start_method", "sample_packing_eff_est", "total_num_tokens",
         "sample_packing_group_size"),
 }  # fmt: skip
+_MODEL, _SAVE_MODEL = "packcli takes the model's own config", "save a model directory with it, name that"
 _NOT_CARRIED = {
     "plugins": ("packcli has no plugins", "see what each does"),
     "tokens": ("packcli adds no tokens to a tokenizer", "save a tokenizer that has them, name it"),
@@ -55,6 +58,12 @@ _NOT_CARRIED = {
     "test_datasets": ("packcli holds out a share of the training data", "set `data.validation`"),
     "sample_packing_bin_size": ("packcli packs any number of documents into a row", "compare so"),
     "sequence_parallel_degree": ("packcli keeps a row on one device", "lower `data.max_length`"),
+    "context_parallel_size": ("packcli keeps a row on one device", "lower `data.max_length`"),
+    "noisy_embedding_alpha": ("packcli adds no noise to embeddings", "compare without it"),
+    "model_config": (_MODEL, _SAVE_MODEL),
+    "overrides_of_model_config": (_MODEL, _SAVE_MODEL),
+    "model_kwargs": (_MODEL, _SAVE_MODEL),
+    "overrides_of_model_kwargs": (_MODEL, _SAVE_MODEL),
     "min_sample_len": ("packcli keeps short documents", "drop them before"),
     "relora": ("packcli's LoRA is the plain one", "compare with plain LoRA"),
 }
@@ -74,8 +83,9 @@ def fill(draft: Draft, processes: int | None) -> None:
     if source.get("base_model") is None:
         raise ConfigError(f"{source.path}: no `base_model`", "name the model there")
     draft.carry("base_model", "model.name", source.get("base_model"))
-    if source.get("revision_of_model") is not None:
-        draft.carry("revision_of_model", "model.revision", str(source.get("revision_of_model")))
+    for key in ("model_revision", "revision_of_model"):  # its schema has both names
+        if source.get(key) is not None:
+            draft.carry(key, "model.revision", str(source.get(key)))
     _data(draft)
     dialect.training(draft, DIALECT, processes)
     _adapters(draft)
@@ -91,7 +101,8 @@ def _data(draft: Draft) -> None:
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ConfigError(f"{source.path}: `datasets` is no list of blocks", "see axolotl's docs/dataset_loading")
     roles: list[Any] = []
-    draft.values["data.source"] = [_block(draft, number, item, roles) for number, item in enumerate(found)]
+    blocks = [_block(draft, number, item, roles) for number, item in enumerate(found)]
+    draft.values["data.source"] = [one for several in blocks for one in several]
     draft.origins["data.source"] = f"{source.at('datasets')} datasets"
     dialect.value(draft, DIALECT, "sequence_len", "data.max_length")
     dialect.share(draft, "val_set_size")
@@ -115,16 +126,21 @@ def _data(draft: Draft) -> None:
             draft.drop(f"special_tokens.{name}", "packcli adds no special tokens", do)
 
 
-def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -> dict[str, Any] | str:
-    """One of `datasets`, as a source of packcli."""
-    block: dict[str, Any] = {"source": "chats.jsonl"}
+def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -> list[dict[str, Any] | str]:
+    """One of `datasets`, as sources of packcli: one, or as many as it names files."""
+    block: dict[str, Any] = {}
     mapping: dict[str, str] = {}
+    first = f"datasets.{number}"
+    files = data.paths(draft, f"{first}.path", found.get("path") or "chats.jsonl", f"{first}.data_files")
     for key in found:
-        place, value = f"datasets.{number}.{key}", found[key]
-        carried = {"path": "source", "name": "subset", "split": "split", "revision": "revision"}
-        if key in carried and value is not None:
-            block[carried[key]] = value
+        place, value = f"{first}.{key}", found[key]
+        of_hub: dict[str, HubKey] = {"name": "subset", "split": "split", "revision": "revision"}
+        if key == "path" and value is not None:
             draft.source.mark(place, "carried", to=("data.source",))
+        elif key == "data_files" and draft.source.dealt_with(place):
+            continue
+        elif key in of_hub and value is not None:
+            block |= data.of_hub(draft, place, of_hub[key], value, files[0])
         elif key == "field_messages":
             if value not in ("messages", "conversations"):
                 mapping["messages"] = value
@@ -142,7 +158,7 @@ def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -
             draft.drop(place, "packcli has no such key for a source", do)
     if mapping:
         block["mapping"] = mapping
-    return block if len(block) > 1 else str(block["source"])
+    return [{"source": file, **block} if block else file for file in files]
 
 
 def _usual(value: Any) -> bool:
@@ -159,6 +175,11 @@ def _type(draft: Draft, place: str, value: Any, mapping: dict[str, str]) -> None
         draft.source.mark(place, "changed", to=("data.source",), why=why)
     elif value == "chat_template":
         draft.ignore(place, "chats, rendered by a chat template, are what packcli reads")
+    elif value in _NO_CHATS:
+        raise ConfigError(
+            f"{draft.source.at(place)}: `type: {value}` is plain text, and packcli trains on chats",
+            "make each text the answer of a chat, with `data.template: plain` (docs/data.md)",
+        )
     elif str(value).startswith(("alpaca", "sharegpt", "chatml")):
         why = f"packcli writes it as turns of the chat template; axolotl has a text of its own for `{value}`"
         draft.source.mark(place, "changed", to=("data.source",), why=why)

@@ -7,45 +7,35 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from packcli import sweepfile
+from packcli import sweepfile, whose
 from packcli.errors import ConfigError
 from packcli.files import atomic_write
-from packcli.importers import axolotl, dialect, llamafactory, trl
+from packcli.importers import axolotl, data, dialect, llamafactory, trl
 from packcli.importers.draft import Assumed, Draft
 from packcli.importers.source import DOCS, Entry, Fate, Source
-
-Trainer = Literal["trl", "axolotl", "llamafactory"]
+from packcli.whose import Trainer
 
 TITLES: dict[Trainer, str] = {
     "trl": trl.DIALECT.title,
     "axolotl": axolotl.DIALECT.title,
     "llamafactory": llamafactory.DIALECT.title,
 }
-# Keys by which a file is recognised: those that one of the three has and the others do not.
-_TELLS: dict[Trainer, frozenset[str]] = {
-    "trl": frozenset(
-        {"dataset_name", "dataset_config", "dataset_mixture", "dataset_train_split", "dataset_test_split",
-         "use_peft", "lora_r", "packing_strategy", "max_length", "assistant_only_loss", "completion_only_loss",
-         "dataset_text_field", "eval_packing", "padding_free", "torch_dtype", "dtype", "chat_template_path"}
-    ),
-    "axolotl": frozenset(
-        {"base_model", "datasets", "sequence_len", "sample_packing", "micro_batch_size", "num_epochs", "adapter",
-         "lr_scheduler", "optimizer", "val_set_size", "dataset_prepared_path", "train_on_inputs"}
-    ),
-    "llamafactory": frozenset(
-        {"stage", "finetuning_type", "cutoff_len", "template", "dataset", "dataset_dir", "neat_packing",
-         "lora_rank", "lora_target", "val_size", "max_samples", "preprocessing_num_workers", "mask_history"}
-    ),
-}  # fmt: skip
 _TOY = "the toy of --try: random weights, synthetic chats"
 _TOY_LENGTH = 192
+_FIRST = (
+    "first of all the sweep trains the toy's base model (2,600 steps), once for all arms and seeds: "
+    "a minute or two on a core of its own"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """`text`: the sweep file. `files`: name -> text of what it needs beside it. `entries`: each key once."""
+    """`text`: the sweep file. `files`: name -> text of what it needs beside it. `entries`: each key once.
+
+    `warnings`: what keeps the sweep from asking what the file asks, or from running. `toy`: see `convert`.
+    """
 
     source: Path
     trainer: Trainer
@@ -54,7 +44,9 @@ class Imported:
     entries: tuple[Entry, ...]
     assumed: tuple[Assumed, ...]
     differences: tuple[str, ...]
+    warnings: tuple[str, ...]
     arms: tuple[str, ...]
+    toy: bool
 
     def of(self, fate: Fate) -> list[Entry]:
         return [entry for entry in self.entries if entry.fate == fate]
@@ -67,6 +59,7 @@ class Imported:
             "version": TITLES[self.trainer],
             "sweep": str(out),
             "arms": list(self.arms),
+            "warnings": list(self.warnings),
             "keys": [asdict(entry) for entry in self.entries],
             "assumed": [asdict(item) for item in self.assumed],
             "differences": list(self.differences),
@@ -80,7 +73,9 @@ def convert(path: Path, trainer: Trainer | None, processes: int | None, *, toy: 
         ConfigError: no such file, not recognised, no supervised fine-tuning.
     """
     source = Source(path)
-    chosen = trainer or _recognised(source)
+    if trainer:
+        whose.confirm(trainer, source.keys, str(path), "--from {}")
+    chosen = trainer or whose.recognised(source.keys, str(path))
     draft = Draft(source)
     match chosen:
         case "trl":
@@ -90,11 +85,12 @@ def convert(path: Path, trainer: Trainer | None, processes: int | None, *, toy: 
         case "llamafactory":
             llamafactory.fill(draft, processes)
     dialect.remaining(draft)
-    product = TITLES[chosen].split()[0]
+    product = whose.PRODUCTS[chosen]
     entries = source.entries(f"packcli does not know this key of {product}")
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-")[:50] or "imported"
     made_by = f"Made by `packcli import-config {path.name}` from a file of {product}; see {DOCS}."
     _check(draft, draft.text(name, made_by, entries))
+    warnings = _warnings(draft, toy=toy)
     if toy:
         _replace_by_toy(draft)
         name = f"{name}_try"
@@ -106,18 +102,16 @@ def convert(path: Path, trainer: Trainer | None, processes: int | None, *, toy: 
         entries=tuple(entries),
         assumed=tuple(draft.assumed),
         differences=tuple(draft.differences),
+        warnings=warnings,
         arms=tuple(draft.matrix["arm"]),
+        toy=toy,
     )
 
 
-def _recognised(source: Source) -> Trainer:
-    counts = {trainer: len(source.keys & tells) for trainer, tells in _TELLS.items()}
-    most = max(counts.values())
-    best = [trainer for trainer, count in counts.items() if count == most]
-    if len(best) == 1:
-        return best[0]
-    cause = "its keys are those of none" if not most else f"its keys fit {' and '.join(best)}"
-    raise ConfigError(f"{source.path}: whose file is it? {cause}", f"say so: --from {'|'.join(_TELLS)}")
+def _warnings(draft: Draft, *, toy: bool) -> tuple[str, ...]:
+    asks = "if that key changes what is trained, the sweep asks another question than the file"
+    unknown = [f"{sentence}; {asks}" for sentence in draft.source.unknown]
+    return (*unknown, *(() if toy else data.problems(draft.values["data.source"])))
 
 
 def _check(draft: Draft, text: str) -> None:
@@ -162,8 +156,10 @@ def write(imported: Imported, out: Path) -> list[Path]:
     """The sweep file, and what it needs beside it; nothing that is there is overwritten.
 
     Raises:
-        ConfigError: one of them is there.
+        ConfigError: one of them is there, or their directory is not.
     """
+    if not out.parent.is_dir():
+        raise ConfigError(f"no directory `{out.parent}`", f"make it (`mkdir -p {out.parent}`), or choose another")
     targets = {out: imported.text} | {out.with_name(f"{out.stem}.{name}"): t for name, t in imported.files.items()}
     for path in targets:
         if path.exists():
@@ -173,14 +169,30 @@ def write(imported: Imported, out: Path) -> list[Path]:
             f"template: {name}", f"template: {out.with_name(f'{out.stem}.{name}')}"
         )
     for path, text in targets.items():
-        with atomic_write(path) as file:
-            file.write(text.encode())
+        try:
+            with atomic_write(path) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise ConfigError(f"cannot write `{path}`: {error.strerror}", "choose another with --out") from None
     return list(targets)
 
 
+def alone(imported: Imported) -> str:
+    """The sweep file as text, for stdout.
+
+    Raises:
+        ConfigError: it needs another file beside it.
+    """
+    if imported.files:
+        needed = ", ".join(imported.files)
+        raise ConfigError(f"the sweep needs a file beside it: {needed}", "name a file with --out, not `-`")
+    return imported.text
+
+
 def lines(imported: Imported, out: Path, written: Iterable[Path]) -> list[str]:
-    """The account as text: what was not carried first, for it is what one has to decide about."""
-    found = [f"{imported.source}: a file of {TITLES[imported.trainer].split()[0]}"]
+    """The account as text, every key in it: first what one has to decide about. `written`: none, to stdout."""
+    found = [f"{imported.source}: a file of {whose.PRODUCTS[imported.trainer]}"]
+    found += [f"warning: {sentence}" for sentence in imported.warnings]
     for fate, heading in (
         ("not_carried", "not carried, though it changes what is trained"),
         ("changed", "carried with a change"),
@@ -195,13 +207,26 @@ def lines(imported: Imported, out: Path, written: Iterable[Path]) -> list[str]:
     if imported.differences:
         found += ["", "done otherwise in packcli, or kept so in an arm of its own:"]
         found += [f"  {sentence}" for sentence in imported.differences]
-    plain = len(imported.of("carried")), len(imported.of("no_effect"))
-    found += [
-        "",
-        f"{plain[0]} keys carried as they are, {plain[1]} without effect on what is trained (--json lists them)",
-    ]
-    found += [f"written: {', '.join(map(str, written))}; arms: {', '.join(imported.arms)}"]
-    return [*found, f"next: packcli sweep {out} --dry-run"]
+    found += _plain_lines(imported)
+    found += ["", f"written: {', '.join(map(str, written)) or 'to stdout'}; arms: {', '.join(imported.arms)}"]
+    if imported.toy:
+        found.append(_FIRST)
+    return [*found, f"next: packcli sweep {'SWEEP' if str(out) == '-' else out} --dry-run"]
+
+
+def _plain_lines(imported: Imported) -> list[str]:
+    """Keys about which there is nothing to decide: those as they were, those of no matter by why."""
+    found = []
+    if carried := imported.of("carried"):
+        found += ["", "carried as they are:"]
+        found += [f"  {', '.join(entry.key for entry in carried)}"]
+    why: dict[str, list[str]] = {}
+    for entry in imported.of("no_effect"):
+        why.setdefault(entry.why, []).append(entry.key)
+    if why:
+        found += ["", "without effect on what is trained:"]
+        found += [f"  {', '.join(keys)}: {sentence}" for sentence, keys in why.items()]
+    return found
 
 
 def _entry_lines(path: Path, entry: Entry) -> list[str]:

@@ -135,8 +135,7 @@ def remaining(draft: Draft) -> None:
     for why, keys in NO_EFFECT.items():
         for key in keys:
             draft.source.mark(key, "no_effect", why=why, once=False)
-    for key in draft.source.keys & NOT_CARRIED.keys():
-        why, do = NOT_CARRIED[key]
+    for key, (why, do) in NOT_CARRIED.items():
         if draft.source.off(key):
             draft.source.mark(key, "no_effect", why="it is off", once=False)
         else:

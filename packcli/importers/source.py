@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from packcli.errors import ConfigError
-from packcli.yamlfile import KeyPath, Lines, parse, read
+from packcli.yamlfile import KeyPath, Lines, nearest, parse, read
 
 Fate = Literal["carried", "changed", "not_carried", "no_effect"]
 """In the sweep as it was; in the sweep, meaning something else; not in the sweep, though it changes what is
@@ -56,6 +56,9 @@ class Source:
                     f"{path}: a key that is no word: `{key}`", "no trainer has such a key; take it out"
                 )
         self._entries: dict[KeyPath, Entry] = {}
+        self._asked: set[str] = set()  # what a key that nobody knows may have been meant for
+        self.unknown: list[str] = []
+        """Keys that no importer asked for, each as a sentence; filled by `entries`."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -64,6 +67,7 @@ class Source:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key (`datasets.0.path`); `default` where there is none, or it is empty."""
+        self._asked.add(key)
         value: Any = self._document
         for part in key.split("."):
             if isinstance(value, dict):
@@ -85,6 +89,8 @@ class Source:
 
         `once`: False leaves what was said before; else saying two things is a bug.
         """
+        if fate != "no_effect":
+            self._asked.add(key)
         path = tuple(key.split("."))
         if path not in self._lines:
             return
@@ -95,6 +101,10 @@ class Source:
         value = self.get(key)
         self._entries[path] = Entry(key, self._lines[path], self._shown(path, value), fate, to, why, do)
 
+    def dealt_with(self, key: str) -> bool:
+        """Whether it was said already what becomes of the key."""
+        return tuple(key.split(".")) in self._entries
+
     def off(self, key: str) -> bool:
         """Whether the key is there and says that something is not used."""
         value = self.get(key)
@@ -102,15 +112,19 @@ class Source:
 
     def entries(self, unknown: str) -> list[Entry]:
         """Every key once, in the order of the file; `unknown`: what is said of one that nobody dealt with."""
+        known = frozenset(key for key in self._asked if "." not in key)
         for path, value in _leaves(self._document, ()):
             if any(path[:depth] in self._entries for depth in range(1, len(path) + 1)):
                 continue
-            empty = value is None or value == ""
-            fate: Fate = "no_effect" if empty else "not_carried"
-            why = "it has no value" if empty else unknown
-            do = "" if empty else "look up what it does; if it matters, say so by hand"
-            shown = self._shown(path, value)
-            self._entries[path] = Entry(".".join(path), self._lines[path], shown, fate, (), why, do)
+            key, line, shown = ".".join(path), self._lines[path], self._shown(path, value)
+            if value is None or value == "":
+                self._entries[path] = Entry(key, line, shown, "no_effect", (), "it has no value", "")
+                continue
+            near = nearest(path[0], known - {path[0]})
+            why = f"{unknown} (did you mean `{near}`?)" if near else unknown
+            self.unknown.append(f"{self.path.name}:{line} {key}: {why}")
+            do = "look up what it does; if it matters, say so by hand"
+            self._entries[path] = Entry(key, line, shown, "not_carried", (), why, do)
         return sorted(self._entries.values(), key=lambda entry: (entry.line, entry.key))
 
     def _shown(self, path: KeyPath, value: Any) -> str:

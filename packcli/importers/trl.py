@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 from packcli.errors import ConfigError
-from packcli.importers import dialect
+from packcli.importers import data, dialect
+from packcli.importers.data import HubKey
 from packcli.importers.dialect import Dialect
 from packcli.importers.draft import Draft
 
@@ -68,7 +69,7 @@ def _data(draft: Draft) -> None:
         draft.assume("data.source", "chats.jsonl", "the file names no data: put in what --dataset_name said")
     for key in ("dataset_config", "dataset_train_split", "dataset_streaming"):
         source.mark(key, "no_effect", why="`dataset_name` is not given", once=False)
-    dialect.value(draft, DIALECT, "max_length", "data.max_length")
+    _length(draft)
     dialect.propose_validation(draft)
     for key in ("dataset_test_split", "test_split_size", "dataset_mixture.test_split_size"):
         source.mark(key, "changed", to=("data.validation",), why="packcli holds out a share, by content")
@@ -84,44 +85,65 @@ def _data(draft: Draft) -> None:
     draft.drop("pad_token", "no label or mask depends on it", "nothing")
 
 
+def _length(draft: Draft) -> None:
+    """TRL before 0.20 said `max_seq_length`, which decided where `max_length` stood beside it."""
+    if draft.source.get("max_seq_length") is None:
+        dialect.value(draft, DIALECT, "max_length", "data.max_length")
+        return
+    length = int(dialect.number(draft, "max_seq_length", 0))
+    draft.change("max_seq_length", "data.max_length", length, "what TRL called `max_length` before 0.20")
+    draft.ignore("max_length", "`max_seq_length` is given, and decides")
+
+
 def _one(draft: Draft) -> None:
     source = draft.source
-    block = {"source": source.get("dataset_name")}
-    given = {"dataset_config": "subset", "dataset_train_split": "split", "dataset_streaming": "streaming"}
-    for key, name in given.items():
+    [name] = data.paths(draft, "dataset_name", source.get("dataset_name"), "data_files")
+    block: dict[str, Any] = {"source": name}
+    given: dict[str, HubKey] = {
+        "dataset_config": "subset", "dataset_train_split": "split", "dataset_streaming": "streaming",
+    }  # fmt: skip
+    for key, part in given.items():
         if source.get(key) not in (None, False):
-            block[name] = source.get(key)
-            source.mark(key, "carried", to=("data.source",))
+            block |= data.of_hub(draft, key, part, source.get(key), name)
     draft.carry("dataset_name", "data.source", block if len(block) > 1 else block["source"])
 
 
 def _mixture(draft: Draft, where: str) -> None:
     """TRL's (`path`, `name`, `fraction`) and the handbook's (`id`, `config`, `weight`)."""
-    names = {
-        "path": "source", "id": "source", "name": "subset", "config": "subset", "split": "split",
-        "fraction": "weight", "weight": "weight",
-    }  # fmt: skip
-    blocks: list[dict[str, Any]] = []
     listed = draft.source.get(where)
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise ConfigError(
             f"{draft.source.at(where)}: `{where}` is no list of blocks", "see TRL's dataset mixtures"
         )
-    for number, found in enumerate(listed):
-        block: dict[str, Any] = {}
-        for key in found:
-            place = f"{where}.{number}.{key}"
-            if key in names and found[key] is not None:
-                block[names[key]] = found[key]
-                draft.source.mark(place, "carried", to=("data.source",))
-            elif key == "columns":
-                draft.ignore(place, "packcli reads the fields of a chat and no others")
-            else:
-                do = "save the data where they can be named by `source`"
-                draft.drop(place, "packcli names a data set by id, subset and split, or by path", do)
-        blocks.append(block)
-    draft.values["data.source"] = blocks
+    draft.values["data.source"] = [
+        block for number, found in enumerate(listed) for block in _part(draft, f"{where}.{number}", found)
+    ]
     draft.origins["data.source"] = f"{draft.source.at(where)} {where}"
+
+
+def _part(draft: Draft, where: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One of a mixture, as sources of packcli: one, or as many as it names files."""
+    of_hub: dict[str, HubKey] = {"name": "subset", "config": "subset", "split": "split"}
+    block: dict[str, Any] = {}
+    named = next((key for key in ("path", "id") if found.get(key)), "path")
+    files = data.paths(draft, f"{where}.{named}", found.get(named) or "chats.jsonl", f"{where}.data_files")
+    for key, value in found.items():
+        place = f"{where}.{key}"
+        if draft.source.dealt_with(place):
+            continue
+        if key == named and value is not None:
+            draft.source.mark(place, "carried", to=("data.source",))
+        elif key in of_hub and value is not None:
+            block |= data.of_hub(draft, place, of_hub[key], value, files[0])
+        elif key in ("fraction", "weight") and value is not None:
+            block["weight"] = value
+            draft.source.mark(place, "carried", to=("data.source",))
+        elif key == "columns":
+            draft.ignore(place, "packcli reads the fields of a chat and no others")
+        else:
+            do = "save the data where they can be named by `source`"
+            draft.drop(place, "packcli names a data set by id, subset and split, or by path", do)
+    return [{"source": file, **block} for file in files]
 
 
 def _trained_on(draft: Draft) -> None:

@@ -225,7 +225,7 @@ def _start(store: Store, logs: Path, number: int, threads: int) -> _Worker:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def terminable(fix: str = "run the same command again: it goes on where it was") -> Iterator[None]:
     """SIGTERM and SIGUSR2 stop a sweep as Ctrl-C does, with the exit code for "run again"; two, at once."""
     stop = Stop()
 
@@ -234,7 +234,7 @@ def terminable() -> Iterator[None]:
         stop.ask(number, frame)
         if first or stop.at_once:
             name = signal.Signals(number).name
-            raise PreemptedError(f"stopped by {name}", "run the same command again: it goes on where it was")
+            raise PreemptedError(f"stopped by {name}", fix)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
