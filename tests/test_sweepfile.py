@@ -343,23 +343,23 @@ _CELLS = st.fixed_dictionaries(
             optional={
                 "validation": st.floats(0, 1, exclude_max=True),
                 "mapping": st.none() | st.dictionaries(st.text(), st.text()),
-                "max_documents": st.none() | st.integers(1),
+                "max_documents": st.none() | st.integers(1, 2**63 - 1),
             },
         ),
         "arm": st.sampled_from(list(ARMS.values())),
         "train": st.fixed_dictionaries(
             {
-                "steps": st.integers(1),
+                "steps": st.integers(1, 2**63 - 1),
                 "lr": st.floats(0, exclude_min=True, allow_infinity=False),
-                "global_batch": st.integers(1),
+                "global_batch": st.integers(1, 2**63 - 1),
             },
             optional={
                 "batch_unit": st.sampled_from(["rows", "documents", "tokens"]),
                 "betas": st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
-                "save_every": st.none() | st.integers(1),
+                "save_every": st.none() | st.integers(1, 2**63 - 1),
             },
         ),
-        "eval": st.fixed_dictionaries({"tasks": st.lists(st.text()), "limit": st.none() | st.integers(1)}),
+        "eval": st.fixed_dictionaries({"tasks": st.lists(st.text()), "limit": st.none() | st.integers(1, 2**63 - 1)}),
         "seed": st.integers(0, 2**31 - 1),
     }
 )
