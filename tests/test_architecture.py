@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports files of lower rank, or of its own rank in its own folder (`eval/`: with what is below it).
 RANKS = {
     "errors": 0,
+    "commit_points": 0,
     "files": 0,
     "log": 0,
     "processes": 0,

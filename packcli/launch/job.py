@@ -25,7 +25,7 @@ from packcli.errors import (
     PackcliError,
     PreemptedError,
 )
-from packcli.files import atomic_write, read_json
+from packcli.files import atomic_write, clear_unfinished, read_sealed
 from packcli.launch import life, local, ranks, scratch, slurm
 from packcli.launch.script import Submitted
 from packcli.plan import Plan, TrainOrder
@@ -78,7 +78,7 @@ class Job:
 
     def __init__(self, directory: Path) -> None:
         try:
-            self.order = Submitted.model_validate(read_json(Store.order_in(directory)))
+            self.order = Submitted.model_validate(read_sealed(Store.order_in(directory)))
         except FileNotFoundError:
             cause = f"`{directory}` is gone: the run directory was deleted or moved after this job was submitted"
             raise ConfigError(cause, "run `packcli sweep` again") from None
@@ -88,7 +88,7 @@ class Job:
 
     @cached_property
     def plan(self) -> Plan:
-        return Plan.model_validate(read_json(self.store.submitted_plan(self.order.submission)))
+        return Plan.model_validate(read_sealed(self.store.submitted_plan(self.order.submission)))
 
     @property
     def is_recorded(self) -> bool:
@@ -202,6 +202,7 @@ class Job:
         from packcli.report import render, rows
 
         collected = rows.collect(self.plan, self.store)
+        clear_unfinished(self.store.sweep(self.plan.name))
         for suffix, text in (("md", render.markdown(collected)), ("json", render.json_text(collected))):
             with atomic_write(self.store.report(self.plan.name, suffix)) as file:
                 file.write(text.encode())
