@@ -486,8 +486,9 @@ def sweep(
         fallback=allow_fallback,
         unsafe_no_sandbox=unsafe_no_sandbox,
     )
-    _report(plan, store, "json" if json else "table")
+    collected = _report(plan, store, "json" if json else "table")
     console.finish(failures)
+    _refuse_damaged(collected)  # what cannot be read is not done
 
 
 def _dry_run(
@@ -649,8 +650,8 @@ def report(
         ]
         for path in drawn:
             log.logger.info("%s", path)
-    if strict and (damaged := collected.damaged()):
-        raise IntegrityError("\n".join(damaged), "delete what is named and run the sweep again")
+    if strict:
+        _refuse_damaged(collected)
 
 
 @contextlib.contextmanager
@@ -871,6 +872,11 @@ def _report(
 
             typer.echo(write.document(plan, store, collected, beside, everything=everything), nl=False)
     return collected
+
+
+def _refuse_damaged(collected: Report) -> None:
+    if damaged := collected.damaged():
+        raise IntegrityError("\n".join(damaged), "delete what is named and run the sweep again")
 
 
 def main() -> None:

@@ -7,22 +7,25 @@ import errno
 import fcntl
 import hashlib
 import os
+import platform
+import re
 import shutil
-import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from packcli.errors import LockedError, MissingError
+from packcli.commit_points import passing
+from packcli.errors import ConfigError, IntegrityError, LockedError, MissingError
 
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
 _LOOKS, _LOOK_S, _PATIENCE_S = 10, 0.02, 10.0
+_SEAL = re.compile(rb'\{"([^"]{8})":"([^"]{16})",')  # also with a damaged key: nothing unsealed begins so
 
 
 def digest(value: object) -> str:
@@ -52,82 +55,154 @@ def fsync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BufferedWriter]:
     """A binary file that appears under its name whole or not at all (temporary file, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = _unfinished(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _commit_point(path, "before")
+        passing(path, "before")
         temporary.replace(path)
         fsync_directory(path.parent)
-        _commit_point(path, "after")
+        passing(path, "after")
     except OSError as error:
         raise disk_full(error, path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be gone, or never have been there
+            temporary.unlink()
 
 
 def disk_full(error: OSError, path: Path) -> Exception:
-    """The error a user can act on when a disk or quota is full; any other as it is."""
+    """The error a user can act on when a disk or quota is full, or nobody may write there; any other as it is."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        where = error.filename or path
+        return ConfigError(f"{where}: {os.strerror(error.errno)}", "choose another run directory with --runs")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(next(there for there in path.absolute().parents if there.exists())).free
     fix = "free some space, or choose another run directory with --runs; what is finished is kept"
     return MissingError(f"{path}: the disk is full ({free:,} bytes free)", fix)
 
 
-def _commit_point(path: Path, when: str) -> None:
-    """Where tests kill a process: just before and just after a file gets its final name.
+def _unfinished(path: Path) -> Path:
+    """What `path` is called until it is whole: it says who writes it, should that be killed."""
+    return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
-    `PACKCLI_FAULT=log:FILE` appends each point's name to FILE, `kill:NAME` dies at the point of that name.
-    """
-    fault = os.environ.get("PACKCLI_FAULT")
-    if fault is None:
-        return
-    action, _, argument = fault.partition(":")
-    name = f"{path.name}:{when}"
-    if action == "log":
-        with Path(argument).open("a") as log:
-            log.write(f"{name}\n")
-    elif action == "kill" and argument == name:
-        os.kill(os.getpid(), signal.SIGKILL)
+
+def clear_unfinished(directory: Path) -> None:
+    """Delete the files in `directory` that writers of this machine left unfinished because they were killed."""
+    for left in directory.glob(f".*.tmp-{platform.node()}-*"):
+        writer = left.name.rsplit("-", 2)[1]
+        if writer.isdigit() and not _is_alive(int(writer)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A directory that appears under its name whole or not at all. An older one is replaced, or stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    temporary = _unfinished(path)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        _commit_point(path, "before")
+        passing(path, "before")
         if replace:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(path)
         try:
             temporary.replace(path)
         except OSError:  # somebody else's is there now
             if replace or not path.is_dir():
                 raise
         fsync_directory(path.parent)
-        _commit_point(path, "after")
+        passing(path, "after")
     except OSError as error:
         raise disk_full(error, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory that is gone under its name at once: killed half way, this leaves no half of it there."""
+    doomed = _unfinished(path)
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return
+    except OSError:  # such as a mount point
+        doomed = path
+    passing(path, "gone")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _indented(value: object) -> bytes:
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    return orjson.dumps(value, option=options | orjson.OPT_SERIALIZE_NUMPY)
+
+
 def write_json(path: Path, value: object) -> None:
     """`value` as indented JSON with sorted keys and a final newline, atomically."""
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     with atomic_write(path) as file:
-        file.write(orjson.dumps(value, option=options | orjson.OPT_SERIALIZE_NUMPY))
+        file.write(_indented(value))
+
+
+def seal(document: bytes) -> bytes:
+    """A JSON object, not an empty one, that begins with a checksum of what follows: 16 digits of its sha256."""
+    rest = document[1:]
+    return b'{"checksum":"' + _checksum(rest) + b'",' + rest
+
+
+def unseal(document: bytes, path: Path | str) -> Any:
+    """What was sealed, without its checksum. A document without one, as older versions wrote it, is not checked.
+
+    Raises:
+        IntegrityError: the checksum differs, or it is no JSON. `path`: where it lies.
+    """
+    found = _SEAL.match(document)
+    fix = f"delete {Path(path).parent} and run again"
+    try:
+        value = orjson.loads(document)
+    except orjson.JSONDecodeError:
+        raise IntegrityError(f"{path}: damaged, or cut short", fix) from None
+    if found is None:
+        return value
+    if found.groups() != (b"checksum", _checksum(document[found.end() :])):
+        raise IntegrityError(f"{path}: its bytes changed (its own checksum differs)", fix)
+    del value["checksum"]
+    return value
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content.rstrip(b"\n")).hexdigest()[:16].encode()  # a line may be read without its end
+
+
+def write_sealed(path: Path, value: object) -> None:
+    """A JSON object as `write_json` writes it, sealed."""
+    with atomic_write(path) as file:
+        file.write(seal(_indented(value)))
+
+
+def read_sealed(path: Path | str) -> Any:
+    """The JSON object in `path`.
+
+    Raises:
+        OSError: it cannot be read.
+        IntegrityError: as `unseal`.
+    """
+    return unseal(read_bytes(path), path)
 
 
 def read_json(path: Path | str) -> Any:
@@ -158,6 +233,23 @@ def write_jsonl(path: Path, values: list[Any]) -> None:
     with atomic_write(path) as file:
         for value in values:
             file.write(json_line(value))
+
+
+def append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Add whole lines to a file and wait until they are on disk.
+
+    Raises:
+        MissingError: the disk is full.
+    """
+    try:
+        passing(path, "before")
+        with path.open("ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        passing(path, "after")
+    except OSError as error:
+        raise disk_full(error, path) from None
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -195,7 +287,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     """Hold `directory` for one writer. The kernel frees the lock when the holder dies.
 
     Raises:
-        LockedError: another process holds it; the message names its process id.
+        LockedError: another process holds it; the message names its process id, its host, and since when.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("a+b") as file:
@@ -207,6 +299,8 @@ def locked(directory: Path, what: str) -> Iterator[None]:
                 "wait for it, or stop it and run the same command again",
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file.write(f"{os.getpid()} on {platform.node()} since {since}\n".encode())
         file.flush()
+        passing(directory / ".lock", "after")
         yield

@@ -8,12 +8,12 @@ from typing import Any
 
 from packcli.config import EvalSpec, ProbeSpec, SourceSpec, SweepSpec
 from packcli.data import render, sources
-from packcli.errors import ConfigError
+from packcli.errors import ConfigError, IntegrityError
 from packcli.eval import protocol
 from packcli.eval.engines import engine
 from packcli.eval.judge import tasks as judged
 from packcli.eval.probe import probes
-from packcli.files import digest, read_json, sha256_file, write_json
+from packcli.files import clear_unfinished, digest, read_sealed, sha256_file, write_sealed
 from packcli.plan import needed, source_key, task_key
 from packcli.store import Store
 
@@ -89,9 +89,9 @@ class FileHashes:
     def __init__(self, store: Store) -> None:
         self._path = store.fingerprints_file()
         try:
-            known = read_json(self._path)
-        except (OSError, ValueError):
-            known = None
+            known = read_sealed(self._path)
+        except (OSError, IntegrityError):
+            known = None  # a cache: what is lost is hashed again
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
         self._changed = False
 
@@ -107,5 +107,6 @@ class FileHashes:
     def save(self) -> None:
         if self._changed:
             # Only a cache: a finished run directory that cannot be written is still read.
-            with contextlib.suppress(PermissionError):
-                write_json(self._path, self._known)
+            with contextlib.suppress(ConfigError):
+                clear_unfinished(self._path.parent)
+                write_sealed(self._path, self._known)

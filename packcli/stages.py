@@ -5,11 +5,13 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packcli import fingerprints
+from packcli.commit_points import passing
 from packcli.config import (
     ARMS,
     ArmSpec,
@@ -203,6 +205,8 @@ def train(
         return manifest
     source = _upstream(store, "tokens", order.tokens)
     _upstream(store, "index", order.index)
+    if os.environ.get("RANK", "0") == "0":
+        _check_bytes(order, store, source)
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
         verify(store.final(order.base))
@@ -238,6 +242,20 @@ def train(
         work()
     distributed.wait_for_all()  # no rank looks for this manifest before rank 0 has written it
     return _upstream(store, "train", order.id)
+
+
+def _check_bytes(order: TrainOrder, store: Store, source: Manifest) -> None:
+    """What was made long ago may have changed on disk, and would be trained on: see it before the first step.
+
+    Copies on a node's own disk were checked when they were made, or found.
+    """
+    from packcli.data import tokens
+
+    if store.source("tokens", order.tokens) == store.directory("tokens", order.tokens):
+        tokens.check_shards(store, order.tokens, source.results["shards"])
+        verify(store.tokenizer(order.tokens))
+    if store.source("index", order.index) == store.directory("index", order.index):
+        verify(store.directory("index", order.index))
 
 
 def train_together(orders: Sequence[TrainOrder], store: Store, *, fallback: bool = False) -> None:
@@ -291,11 +309,12 @@ def evaluate(
 def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: str) -> Manifest:
     kept = store.responses(order.id)
     outcome: Outcome = subject.score(order.task, kept=(kept, order.id), replies=store.replies)
-    if outcome.record.get("left_out") is None:
-        kept.unlink(missing_ok=True)  # the samples have it all
     write_jsonl(store.samples(order.id), outcome.samples)
     write_json(store.items(order.id), outcome.items)
     write_json(store.results(order.id), outcome.report | {"packcli": outcome.record})
+    if outcome.record.get("left_out") is None:
+        kept.unlink(missing_ok=True)  # last: until here a killed run would ask for all of it again
+        passing(kept, "gone")
     return store.commit(
         "eval",
         order.id,

@@ -10,6 +10,7 @@
 
 In each stage directory `manifest.json`, written last, means done and `failure.json` failed. Deleting a
 directory is the reset. `metrics.jsonl` and `trackers/` are logs: they hold times, so no checksum is kept of them.
+A manifest, and any other JSON that packcli reads back, begins with a checksum of its own (docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -31,7 +32,18 @@ from typing import Any, Literal
 from packcli import __version__
 from packcli.config import Spec
 from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
-from packcli.files import digest, locked, read_bytes, read_json, sha256_file, write_json
+from packcli.files import (
+    clear_unfinished,
+    digest,
+    locked,
+    read_bytes,
+    read_json,
+    read_sealed,
+    remove_directory,
+    sha256_file,
+    write_json,
+    write_sealed,
+)
 from packcli.log import masked
 from packcli.plan import VERSIONS, Kind, Plan
 
@@ -137,8 +149,8 @@ class Store:
         return self.array(submission, number) / "submission.sh"
 
     def arrays(self) -> list[tuple[str, int]]:
-        """(submission, number) of all that were submitted, the oldest first."""
-        found = sorted(self.submissions().glob("*/array-*/array.json"), key=lambda path: path.stat().st_mtime)
+        """(submission, number) of all that were submitted, in no order that means anything."""
+        found = sorted(self.submissions().glob("*/array-*/array.json"))
         return [(path.parents[1].name, int(path.parent.name.partition("-")[2])) for path in found]
 
     def job(self, kind: Kind, id_: str) -> Path:
@@ -285,11 +297,11 @@ class Store:
         """The manifest of a finished stage, or None.
 
         Raises:
-            IntegrityError: the file is there but is no manifest of this stage.
+            IntegrityError: the file is there but is no manifest of this stage, or was changed.
         """
         path = self._place(kind, id_, MANIFEST)
         try:
-            manifest = Manifest.model_validate(read_json(path))
+            manifest = Manifest.model_validate(read_sealed(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -363,13 +375,14 @@ class Store:
 
     def failure(self, kind: Kind, id_: str) -> PackcliError | None:
         """Why a stage failed, as its `failure.json` says."""
+        path = self.failure_file(kind, id_)
         try:
-            found = read_json(self.failure_file(kind, id_))
+            found = read_json(path)
             return of_kind(str(found["kind"]), str(found["cause"]), str(found["fix"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            return PackcliError(f"{self.failure_file(kind, id_)}: cannot be read", self.again(kind, id_))
+            return IntegrityError(f"{path}: cannot be read", f"delete {path} and run again")
 
     def commit(
         self,
@@ -393,7 +406,7 @@ class Store:
             results=dict(results),
             provenance={**machine(), **provenance},
         )
-        write_json(self.manifest_file(kind, id_), manifest.model_dump())
+        write_sealed(self.manifest_file(kind, id_), manifest.model_dump())
         return manifest
 
     def check_sizes(self, manifest: Manifest) -> None:
@@ -408,10 +421,11 @@ class Store:
         """Delete a directory of ours, nothing outside the run directory."""
         if not directory.resolve().is_relative_to(self.root.resolve()):
             raise RunError(f"refusing to delete {directory}: it is outside {self.root}")
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_directory(directory)
 
     def write_plan(self, plan: Plan) -> None:
-        write_json(self.plan_file(plan.name), plan.model_dump())
+        clear_unfinished(self.sweep(plan.name))
+        write_sealed(self.plan_file(plan.name), plan.model_dump())
 
 
 def _check_results(manifest: Manifest) -> None:
@@ -432,7 +446,7 @@ def records(directory: Path) -> dict[str, FileRecord]:
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        unfinished = path.name == ".lock" or ".tmp-" in path.name
+        unfinished = path.name == ".lock" or ".tmp-" in name
         if path.is_file() and not unfinished and name.partition("/")[0] not in LOGS and name != MANIFEST:
             found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
     return found
@@ -480,7 +494,7 @@ def listed(path: Path, key: str) -> dict[str, FileRecord]:
         IntegrityError: it is no manifest.
     """
     try:
-        found = {name: FileRecord.model_validate(item) for name, item in read_json(path)[key].items()}
+        found = {name: FileRecord.model_validate(item) for name, item in read_sealed(path)[key].items()}
         if outside := next((name for name in found if name.startswith("/") or ".." in name.split("/")), None):
             raise ValueError(outside)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -510,9 +524,9 @@ def normalized(value: Any) -> Any:
 
 
 def _varies(key: str) -> bool:
-    # A report's speed-up is a ratio of times, its verdict a text that quotes them.
+    # A report's speed-up is a ratio of times, its verdict a text that quotes them; a checksum is of the rest, too.
     return (
-        key in ("provenance", "mfu", "mfu_full_square", "speedup", "verdict")
+        key in ("provenance", "checksum", "mfu", "mfu_full_square", "speedup", "verdict")
         or key.endswith(("_s", "_per_s"))
         or key.startswith("peak_")
     )

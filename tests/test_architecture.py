@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = {
     "errors": 0,
     "deadline": 0,
+    "commit_points": 0,
     "files": 0,
     "log": 0,
     "processes": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from packcli.config import EvalSpec
 from packcli.errors import IntegrityError, MissingError
 from packcli.files import read_json, read_jsonl
 from packcli.plan import EvalOrder, TrainOrder
+from packcli.report import progress
 from packcli.store import MANIFEST, verify
 from packcli.train import checkpoint, loop
 
@@ -169,6 +171,38 @@ def test_case_31_checkpoints_are_named_by_step_whatever_the_clock_says(
     monkeypatch.setattr(loop.time, "time", lambda: float(next(clock)))
     order = interrupted(tiny, "clock", 7, save_every=2, keep_last=3)
     assert steps(tiny, order.id) == [6, 4, 2]
+
+
+def test_case_31_a_clock_that_jumps_makes_no_speed_negative_or_absurd(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back by a year and forth again at each look; only in provenance does anybody read it."""
+    year = 31_536_000.0
+    looks = itertools.count()
+    monkeypatch.setattr(loop.time, "time", lambda: 1.8e9 - year * (next(looks) % 2))
+    order = interrupted(tiny, "jumps", 7, save_every=2)
+    for since_s in (0.0, 1.8e9 - year):
+        there = progress.training(order, tiny.store, 8, since_s)
+        assert there.done == 7
+        assert 0 < (there.left_s or 0) < 60
+        assert 0 < (there.useful_tokens_per_s or 0) < 1e7
+    assert progress.training(order, tiny.store, 8, since_s=4e9).left_s is None, "of an attempt yet to come"
+    stages.train(order, tiny.store)
+    for record in read_jsonl(tiny.store.metrics(order.id)):
+        assert 0 < record["step_s"] < 60
+        assert record["useful_tokens_per_s"] == pytest.approx(record["tokens"] / record["step_s"])
+
+
+def test_results_are_made_of_metrics_that_changed_while_the_run_was_interrupted(tiny: Data) -> None:
+    order = interrupted(tiny, "edited", 5, save_every=4)
+    path = tiny.store.metrics(order.id)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for changed in ([*lines[:2], *lines[3:]], [b"{" + lines[0], *lines[1:]], []):
+        path.write_bytes(b"".join(changed))
+        with pytest.raises(IntegrityError, match=r"metrics.jsonl: its first 4 lines are not those"):
+            stages.train(order, tiny.store)
+    path.write_bytes(b"".join(lines[:4]) + b'{"step": 5, "torn')
+    assert stages.train(order, tiny.store).results["steps"] == 8
 
 
 def test_case_18_no_checkpoint_is_saved_from_a_diverged_state(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -277,7 +278,9 @@ def test_a_mistake_in_a_model_config_is_found_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_a_stage_held_by_another_process_exits_5(run_cli: Run, tiny_sweep: Sweep, tmp_path: Path) -> None:
+def test_case_33_a_stage_held_by_another_process_exits_5_and_is_seen_to_run(
+    run_cli: Run, tiny_sweep: Sweep, tmp_path: Path
+) -> None:
     path = tiny_sweep(arms=["padding"])
     plan = run_cli("prepare", path, "--json", cwd=tmp_path).json()
     index = tmp_path / plan["cells"][0]["index_path"]
@@ -291,7 +294,10 @@ def test_a_stage_held_by_another_process_exits_5(run_cli: Run, tiny_sweep: Sweep
         holder.stdout.readline()
         done = run_cli("prepare", path, cwd=tmp_path)
         assert done.code == 5
-        assert f"is being written by process {holder.pid}" in done.stderr
+        assert f"is being written by process {holder.pid} on {platform.node()} since 20" in done.stderr
+        beside = run_cli("status", path, "--json", cwd=tmp_path)
+        assert beside.json()["cells"][0]["stages"]["prepare"]["state"] == "running"
+        assert run_cli("report", path, cwd=tmp_path).code == 0
         holder.kill()
     assert run_cli("prepare", path, cwd=tmp_path).code == 0
 

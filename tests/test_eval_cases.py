@@ -33,7 +33,7 @@ from packcli import cli, stages
 from packcli.eval import protocol, scorers
 from packcli.eval.engines import engine
 from packcli.eval.engines.responses import Answer
-from packcli.files import sha256_file
+from packcli.files import read_sealed, sha256_file
 from packcli.launch import job, local, worker
 from packcli.launch.script import Submitted
 from packcli.plan import EvalOrder, Plan
@@ -442,7 +442,7 @@ def test_a_clusters_jobs_forget_that_no_sandbox_was_asked_for_or_take_it_for_gra
     done = packcli("sweep", sweep, "--on", tmp_path / "site.yaml", *flag)
     assert done.code == 0, done.stderr
     arrays = [path.parent for path in (tmp_path / "runs").rglob("array.json")]
-    orders = {path: Submitted.model_validate_json((path / "array.json").read_bytes()) for path in arrays}
+    orders = {path: Submitted.model_validate(read_sealed(path / "array.json")) for path in arrays}
     assert {order.unsafe_no_sandbox for order in orders.values()} == {unsafe}
     asked: list[bool] = []
     (directory,) = [path for path, order in orders.items() if order.array.job == "eval"]
@@ -534,7 +534,6 @@ def test_sigkill_in_the_middle_of_a_task_and_a_rerun_are_told_from_one_run(
     for id_, directory in first.items():
         assert written(directory) == written(second[id_])
         one, other = (
-            Manifest.model_validate_json((path / "manifest.json").read_bytes())
-            for path in (directory, second[id_])
+            Manifest.model_validate(read_sealed(path / "manifest.json")) for path in (directory, second[id_])
         )
         assert one.model_dump(exclude={"provenance"}) == other.model_dump(exclude={"provenance"})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import yaml
 from conftest import Done, chat_records, write_lines
 
 from packcli import stages, sweepfile
-from packcli.files import read_json, read_jsonl, sha256_file
+from packcli.errors import IntegrityError, MissingError
+from packcli.files import read_json, read_jsonl, sha256_file, write_json
+from packcli.plan import Plan
 from packcli.store import Store, normalized
 
 Cli = Callable[..., Done]
@@ -109,22 +114,27 @@ def test_a_part_that_is_none_is_a_usage_error(tmp_path: Path, run_cli: Cli) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
-def test_killed_at_any_commit_point_the_same_command_ends_in_the_same_store(
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.soak)])
+def test_case_01_killed_at_any_commit_point_the_same_command_ends_in_the_same_store(
     tmp_path: Path, run_cli: Cli, every: int
 ) -> None:
-    """Real processes, SIGKILL just before and just after every rename (or every third) that prepare does."""
+    """Started as a user starts it, SIGKILL at every commit point of prepare (or every ninth): no half file has its
+    final name. `test_commit_points.py` walks a whole sweep."""
     path = sweep(tmp_path, write_lines(tmp_path / "x.jsonl", [*chat_records(40), {"messages": []}]).name)
     log = tmp_path / "points"
-    done = run_cli("prepare", path, "--runs", "clean", cwd=tmp_path, env={"PACKCLI_FAULT": f"log:{log}"})
+    done = run_cli("prepare", path, "--runs", "clean", cwd=tmp_path, env={"PACKCLI_FAULT_LOG": str(log)})
     assert done.code == 0, done.stderr
-    points = list(dict.fromkeys(log.read_text().split()))
-    assert {"shard-00000.arrow:before", "manifest.json:after", "rows.arrow:after"} <= set(points)
+    points = [name.removeprefix("clean/") for name in dict.fromkeys(log.read_text().splitlines())]
+    passed = {point.rpartition("/")[2] for point in points}
+    assert {"shard-00000.arrow:before", "manifest.json:after", "rows.arrow:after"} <= passed
     clean = tree(tmp_path / "clean")
     for number, point in enumerate(points[::every]):
         runs = tmp_path / f"r{number}"
-        killed = run_cli("prepare", path, "--runs", runs, cwd=tmp_path, env={"PACKCLI_FAULT": f"kill:{point}"})
+        fault = {"PACKCLI_FAULT_LOG": str(tmp_path / f"log{number}"), "PACKCLI_FAULT": f"kill:{point}"}
+        killed = run_cli("prepare", path, "--runs", runs, cwd=tmp_path, env=fault)
         assert killed.code != 0, f"{point} killed nobody"
+        name, _, moment = point.rpartition(":")
+        assert (runs / name).exists() == (moment == "after" and name != "s/process"), point
         again = run_cli("prepare", path, "--runs", runs, cwd=tmp_path)
         assert again.code == 0, (point, again.stderr)
         assert tree(runs) == clean, point
@@ -300,7 +310,7 @@ def test_case_15_a_line_over_the_limit_is_refused_without_reading_it(tmp_path: P
     assert "x.jsonl:1" in done.stderr
 
 
-def test_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
+def test_case_16_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:
     from packcli import stages, sweepfile
     from packcli.errors import IntegrityError
     from packcli.store import Store
@@ -314,6 +324,25 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(tmp_path: Path) -> 
         stages.prepare_tokens(order, store)
     assert not list((tmp_path / "runs").glob("store/tokens/*/shard-*"))
     assert store.state("tokens", order.id) != "done"
+
+
+@pytest.mark.slow
+def test_case_16_a_file_that_grows_under_a_process_that_reads_it_leaves_nothing(
+    tmp_path: Path, run_cli: Cli
+) -> None:
+    data = write_lines(tmp_path / "x.jsonl", chat_records(5))
+    path, log = sweep(tmp_path, "x.jsonl"), tmp_path / "points"
+    waits = {"PACKCLI_FAULT_LOG": str(log), "PACKCLI_FAULT": "pause:shard-00000.arrow:before:3"}
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run_cli, "prepare", path, cwd=tmp_path, env=waits)
+        while not log.exists() or "shard-00000.arrow:before" not in log.read_text():
+            assert not done.done(), done.result().stderr
+            time.sleep(0.05)
+        with data.open("a") as file:
+            file.write("{}\n")
+        assert done.result().code == 4
+    assert "`x.jsonl` changed while it was read; nothing was kept" in done.result().stderr
+    assert not list((tmp_path / "runs").glob("store/tokens/*/shard-*"))
 
 
 @pytest.mark.slow
@@ -338,7 +367,9 @@ def test_case_17_another_configuration_never_mixes_with_what_is_there(tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_shard_is_noticed_before_anything_is_packed(tmp_path: Path, run_cli: Cli, damage: str) -> None:
+def test_case_03_a_damaged_shard_is_noticed_before_anything_is_packed(
+    tmp_path: Path, run_cli: Cli, damage: str
+) -> None:
     write_lines(tmp_path / "x.jsonl", chat_records(5))
     path = sweep(tmp_path, "x.jsonl")
     assert run_cli("prepare", path, cwd=tmp_path).code == 0
@@ -357,7 +388,9 @@ def test_a_damaged_shard_is_noticed_before_anything_is_packed(tmp_path: Path, ru
     assert "shard-00000.arrow" in done.stderr
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_04_a_disk_that_is_too_small_is_noticed_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from packcli import stages, sweepfile
     from packcli.errors import MissingError
     from packcli.store import Store
@@ -371,7 +404,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_work(tmp_path: Path, monkeyp
     assert not list(store.root.glob("store/tokens/*/shard-*"))
 
 
-def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli: Cli) -> None:
+def test_case_04_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli: Cli) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True)
@@ -390,14 +423,105 @@ def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path, run_cli:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_a_directory_that_cannot_be_written_is_a_usage_error_before_work(tmp_path: Path, run_cli: Cli) -> None:
-    if os.geteuid() == 0:
-        (tmp_path / "runs").write_text("a file where the run directory should be")
-    else:
-        (tmp_path / "runs").mkdir(mode=0o500)
+def _prepared(tmp_path: Path) -> tuple[Plan, Store]:
+    data = write_lines(tmp_path / "x.jsonl", chat_records(20))
+    write_lines(tmp_path / "y.jsonl", chat_records(20, first=20))
+    path = sweep(tmp_path, [str(data), str(tmp_path / "y.jsonl")], ("padding",))
+    store = Store(tmp_path / "runs")
+    return stages.make_plan(sweepfile.load(path), store), store
+
+
+def test_case_04_a_disk_that_fills_in_the_second_shard_keeps_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, store = _prepared(tmp_path)
+    [order] = plan.tokens.values()
+    order = order.model_copy(update={"processes": 1})
+    with monkeypatch.context() as patch:
+        patch.setenv("PACKCLI_FAULT_LOG", str(tmp_path / "log"))
+        patch.setenv("PACKCLI_FAULT", "enospc:shard-00001.arrow:before")
+        with pytest.raises(
+            MissingError, match=r"shard-00001.arrow: the disk is full \([\d,]+ bytes free\)"
+        ) as full:
+            stages.prepare_tokens(order, store)
+    assert full.value.exit_code == 6
+    first = store.shard(order.id, 0)
+    made = first.stat().st_mtime_ns
+    assert not [path for path in store.root.rglob("*") if ".tmp-" in path.name]
+    assert store.state("tokens", order.id) == "failed"
+    assert stages.prepare_tokens(order, store).results["shards"] == 4
+    assert first.stat().st_mtime_ns == made, "the first shard was made again"
+
+
+def test_a_fault_that_is_asked_for_outside_of_a_test_run_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKCLI_FAULT", "enospc:x:before")
+    write_json(tmp_path / "x", {})
+    assert read_json(tmp_path / "x") == {}
+    monkeypatch.setenv("PACKCLI_FAULT_LOG", str(tmp_path / "log"))
+    with pytest.raises(MissingError, match="the disk is full"):
+        write_json(tmp_path / "x", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shard-00000.arrow", "cut"),
+        *((name, "flipped") for name in ("shard-00000.arrow", "tokenizer.json", "rows.arrow")),
+    ],
+)
+def test_case_02_a_file_damaged_after_packing_is_noticed_before_any_step(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    """A shard cut short is named with both sizes."""
+    plan, store = _prepared(tmp_path)
+    for stage in plan.stages()[:2]:
+        stages.run(stage[0], plan.order(*stage), store)  # type: ignore[arg-type]
+    [file] = store.root.rglob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content[:-100] if damage == "cut" else content)
+    sizes = f"{len(content) - 100:,} bytes, not {len(content):,}"
+    said = sizes if damage == "cut" else "its bytes changed"
+    [order] = plan.trains.values()
+    with pytest.raises(IntegrityError, match=re.escape(f"{name}: {said}")) as damaged:
+        stages.train(order, store)
+    assert damaged.value.exit_code == 4
+    assert not store.metrics(order.id).exists()
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """`tmp_path`/runs where nobody may write: for root, a file system mounted so."""
+    runs = tmp_path / "runs"
+    runs.mkdir(mode=0o500)
+    if os.geteuid() != 0:
+        yield runs
+        return
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs)], capture_output=True).returncode:
+        pytest.skip("root may write everywhere, and may not mount a read-only file system here")
+    yield runs
+    subprocess.run(["umount", "-l", str(runs)], check=True)
+
+
+def test_case_05_a_directory_that_cannot_be_written_is_a_usage_error_before_work(
+    tmp_path: Path, run_cli: Cli, read_only: Path
+) -> None:
     done = run_cli("prepare", sweep(tmp_path, "tiny", max_documents=5), cwd=tmp_path)
-    assert done.code == 2
-    assert not list(tmp_path.glob("runs/store/tokens/*"))
+    assert done.code == 2, done.stderr
+    assert "no permission to write in `runs`" in done.stderr
+    assert not list(read_only.iterdir())
+
+
+@pytest.mark.slow
+def test_case_05_a_run_directory_that_cannot_be_written_is_still_read(
+    tmp_path: Path, run_cli: Cli, read_only: Path
+) -> None:
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    for command in ("status", "report"):
+        done = run_cli(command, path, cwd=tmp_path)
+        assert (done.code, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 # What it would do, without doing it --------------------------------------------------------------------

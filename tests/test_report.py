@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from packcli import cli, stages, sweepfile
-from packcli.files import read_json, sha256_file, write_json
+from packcli.files import read_sealed, sha256_file, write_json
 from packcli.plan import Cell, Kind, Plan, needed, plan
 from packcli.report import render, rows, sheets, words
 from packcli.report.records import Group, Report
@@ -81,7 +81,7 @@ class Sweep:
         path = self.store.manifest_file("eval", eval_)
         kept = [file for file in path.parent.iterdir() if file != path]
         outputs = {file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size} for file in kept}
-        write_json(path, read_json(path) | {"outputs": outputs})
+        write_json(path, read_sealed(path) | {"outputs": outputs})
 
     def cell(self, **labels: str) -> Cell:
         (found,) = [cell for cell in self.plan.cells if labels.items() <= cell.labels.items()]
@@ -500,7 +500,7 @@ def test_a_score_that_none_can_be_or_that_was_not_written_is_averaged_over(make:
     write_json(sweep.store.results(lost), {"results": {}, "packcli": {"score": 0.52}})
     sweep.finish_with_files(lost)
     path = sweep.store.manifest_file("eval", lost)
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     write_json(path, manifest | {"results": manifest["results"] | {"score": score}})
     (row,) = [row for row in sweep.report().rows if row.damaged]
     assert (row.labels, row.tasks["swap"], row.average) == ({"arm": "best_fit", "seed": "2"}, "failed", None)
@@ -649,5 +649,5 @@ def test_a_damaged_file_ends_strict_as_if_all_were_well(
     code, out, err = run("--strict", "--json")
     assert code == 4
     assert orjson.loads(out)["rows"][0]["damaged"]
-    assert err.startswith(f"error: {damaged}: not a manifest\n\nhint: ")
+    assert err.startswith(f"error: {damaged}: damaged, or cut short\n\nhint: ")
     assert run("--strict", "--against", "paper", "--format", "latex")[0] == 4

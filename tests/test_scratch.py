@@ -19,7 +19,7 @@ import pytest
 
 from packcli import log, stages
 from packcli.errors import ConfigError, IntegrityError
-from packcli.files import read_jsonl, sha256_file
+from packcli.files import read_jsonl, read_sealed, sha256_file
 from packcli.launch import ranks, scratch
 from packcli.plan import TrainOrder
 from packcli.store import Store, verify
@@ -429,7 +429,7 @@ def test_damage_in_the_run_directory_is_an_error_and_not_copied(node: Node) -> N
 def test_a_store_made_anew_under_its_id_replaces_the_copy(node: Node, tiny: Data) -> None:
     node.stage()
     path = node.store.manifest_file("tokens", "tokens")
-    manifest = orjson.loads(path.read_bytes())
+    manifest = read_sealed(path)
     path.write_bytes(orjson.dumps(manifest | {"provenance": {"host": "another"}}))
     node.stage()
     found = Store(node.home).manifest("tokens", "tokens")
@@ -487,7 +487,7 @@ def test_a_manifest_cannot_name_files_outside_its_stage(node: Node) -> None:
     secret = node.store.root / "secret.arrow"
     secret.write_text("x")
     path = node.store.manifest_file("tokens", "tokens")
-    manifest = orjson.loads(path.read_bytes())
+    manifest = read_sealed(path)
     for name in ("../../../secret.arrow", str(secret)):
         outputs = {name: {"sha256": sha256_file(secret), "bytes": 1}}
         path.write_bytes(orjson.dumps(manifest | {"outputs": outputs}))

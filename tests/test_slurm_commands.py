@@ -13,8 +13,15 @@ from conftest import Done
 from fake_slurm import FakeSlurm
 from test_graph import planned
 
-from packcli.errors import ConfigError, LockedError, MissingError, OutOfMemoryError, QuarantinedError
-from packcli.files import locked, read_json, write_json
+from packcli.errors import (
+    ConfigError,
+    IntegrityError,
+    LockedError,
+    MissingError,
+    OutOfMemoryError,
+    QuarantinedError,
+)
+from packcli.files import locked, read_sealed, write_json
 from packcli.launch import cluster, life, slurm
 from packcli.launch.graph import Stage
 from packcli.launch.profile import Profile
@@ -50,8 +57,8 @@ class Site:
         found = []
         for job in self.slurm.jobs():
             submission, _, number = job["options"]["comment"].removeprefix("packcli:").partition(".")
-            read = self.store.array_order(submission, int(number)).read_bytes()
-            array = Submitted.model_validate_json(read).array
+            read = read_sealed(self.store.array_order(submission, int(number)))
+            array = Submitted.model_validate(read).array
             found.append((array.job, [stage for element in array.elements for stage in element.stages]))
         return found
 
@@ -141,7 +148,7 @@ def test_what_a_killed_submission_left_is_completed_by_the_next(
     assert len(site.slurm.jobs()) == sent
     noted = list(site.store.root.glob("slurm/*/*/submitted.json"))
     assert len(noted) == sent - accepts
-    site.plan = Plan.model_validate(read_json(site.store.plan_file("tiny_test")))
+    site.plan = Plan.model_validate(read_sealed(site.store.plan_file("tiny_test")))
     outcome = site.submit()
     kinds = ["prepare", "train", "eval", "report"]
     assert [item.array.job for item in outcome.sent] == kinds[sent:]
@@ -151,6 +158,29 @@ def test_what_a_killed_submission_left_is_completed_by_the_next(
     waits = [job["options"].get("dependency", "") for job in site.slurm.jobs()]
     assert waits[:3] == ["", "afterok:100_0", "aftercorr:101"]
     assert set(waits[3].split(",")) <= {"afterany:100", "afterany:101", "afterany:102"}
+
+
+def test_case_34_what_was_held_by_a_job_that_slurm_no_longer_knows_is_sent_again(site: Site) -> None:
+    site.submit()
+    train = site.slurm.jobs()[1]["id"]
+    site.slurm.set(train, "NODE_FAIL", element=0)
+    lost = site.accepted()[1][1][0]
+    site.submit()
+    again = [stage for _, stages in site.accepted()[4:] for stage in stages]
+    assert [stage for stage in again if stage[0] == "train"] == [lost]
+
+
+def test_a_damaged_order_makes_strangers_of_our_jobs_which_are_all_sent_again(site: Site) -> None:
+    site.submit()
+    [order, *_] = sorted(site.store.submissions().glob("*/array-1/array.json"))
+    written = order.read_bytes()
+    for damaged in (written[:-30], written.replace(b'"train"', b'"trbin"', 1)):
+        order.write_bytes(damaged)
+        with pytest.raises(IntegrityError, match=r"array-1/array.json: (damaged|its bytes changed)"):
+            site.submit()
+    order.write_bytes(written)
+    site.submit()
+    site.assert_all_once()
 
 
 def test_the_table_of_a_sweep_does_not_wait_for_another_sweep(site: Site) -> None:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from cluster import Cluster, slurm
 
+from packcli.files import read_sealed
 from packcli.plan import Plan
 from packcli.store import Store
 
@@ -92,7 +93,7 @@ class Sweep:
         return found
 
     def plan(self) -> Plan:
-        return Plan.model_validate_json((self.runs / self.file.stem / "plan.json").read_bytes())
+        return Plan.model_validate(read_sealed(self.runs / self.file.stem / "plan.json"))
 
     def train(self) -> str:
         """The id of the only training that is no base."""
@@ -378,7 +379,13 @@ def test_a_submission_that_is_killed_half_way_is_completed_and_no_job_comes_twic
     sweep = Sweep(tmp_path, "cut", steps=1, profile={"nodes": 1}, **keys)
     shutil.copytree(base / "store", sweep.runs / "store")
     before = set(cluster.jobs())
-    killed = sweep.run("sweep", "--on", str(sweep.profile), PACKCLI_FAULT=f"kill:{point}")
+    killed = sweep.run(
+        "sweep",
+        "--on",
+        str(sweep.profile),
+        PACKCLI_FAULT=f"kill:{point}",
+        PACKCLI_FAULT_LOG=str(tmp_path / "points"),
+    )
     assert killed.returncode == -signal.SIGKILL
     first = set(cluster.jobs()) - before
     assert first, "the first array was submitted"

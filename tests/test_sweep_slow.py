@@ -138,7 +138,7 @@ def survivors(runs: Path) -> list[int]:
         _some_scored,
     ],
 )
-def test_a_killed_sweep_run_again_gives_the_same_table_and_leaves_no_process(
+def test_case_35_a_killed_sweep_run_again_gives_the_same_table_and_leaves_no_process(
     uninterrupted: Path, tmp_path: Path, reached: Callable[[Path], bool]
 ) -> None:
     process = subprocess.Popen(
@@ -183,7 +183,7 @@ def _training(runs: Path) -> int | None:
     for metrics in (runs / "store" / "train").glob("*/metrics.jsonl"):
         run = metrics.parent
         if not (run / "manifest.json").exists() and yaml.safe_load((run / "config.yaml").read_text())["base"]:
-            return int((run / ".lock").read_text())
+            return int((run / ".lock").read_text().split()[0])
     return None
 
 

@@ -359,7 +359,9 @@ _CELLS = st.fixed_dictionaries(
                 "save_every": st.none() | st.integers(1, 2**63 - 1),
             },
         ),
-        "eval": st.fixed_dictionaries({"tasks": st.lists(st.text()), "limit": st.none() | st.integers(1, 2**63 - 1)}),
+        "eval": st.fixed_dictionaries(
+            {"tasks": st.lists(st.text()), "limit": st.none() | st.integers(1, 2**63 - 1)}
+        ),
         "seed": st.integers(0, 2**31 - 1),
     }
 )

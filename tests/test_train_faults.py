@@ -23,8 +23,8 @@ from packcli.train import faults, watchdog
 TRAIN = {"steps": 20, "global_batch": 16, "save_every": 3, "keep_last": 2}
 LONGER = {**TRAIN, "steps": 150, "save_every": 20}
 FOREVER = {"epochs": 2000, "save_every": 100000}
-KILLED_AFTER_A_CHECKPOINT = {"PACKCLI_FAULT": "kill:manifest.json:after"}
-KILLED_IN_A_CHECKPOINT = {"PACKCLI_FAULT": "kill:manifest.json:before"}
+KILLED_AFTER_A_CHECKPOINT = {"PACKCLI_FAULT_LOG": "points", "PACKCLI_FAULT": "kill:manifest.json:after"}
+KILLED_IN_A_CHECKPOINT = {"PACKCLI_FAULT_LOG": "points", "PACKCLI_FAULT": "kill:manifest.json:before"}
 TWO = ("--nproc-per-node", 2)
 
 slow = pytest.mark.slow

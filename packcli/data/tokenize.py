@@ -18,9 +18,9 @@ from packcli.data.shards import Maker
 from packcli.data.sources import Piece, Record
 from packcli.data.tokens import Tokens
 from packcli.errors import DataError, MissingError
-from packcli.files import atomic_write, json_line, read_json, write_json
+from packcli.files import atomic_write, json_line, read_sealed, write_sealed
 from packcli.plan import TokensOrder
-from packcli.store import Store
+from packcli.store import FileRecord, Store, check_listed, records
 
 STREAM_CHUNK = 8192
 """Conversations of one shard of a streamed source."""
@@ -88,12 +88,29 @@ def _tasks(order: TokensOrder, store: Store) -> list[Task]:
     """What to read for each shard; kept in the store, because finding line ends reads every file once."""
     path = store.pieces(order.id)
     if path.exists():
-        pieces = [Piece(**item) for item in read_json(path)]
+        check_tokenizer(store, order.id)
+        pieces = [Piece(**item) for item in pieces_in(path)]
     else:
         pieces = sources.pieces(order.sources, order.max_documents)
-        write_json(path, [asdict(piece) for piece in pieces])
+        made = {name: record.model_dump() for name, record in records(store.tokenizer(order.id)).items()}
+        write_sealed(path, {"pieces": [asdict(piece) for piece in pieces], "tokenizer": made})
     first = conversations.first_pieces(pieces)
     return [Task(number, piece, first[piece.file]) for number, piece in enumerate(pieces)]
+
+
+def pieces_in(path: Path) -> list[dict[str, Any]]:
+    """The pieces that a store's `pieces.json` lists; older ones hold nothing but the list."""
+    found = read_sealed(path)
+    pieces: list[dict[str, Any]] = found if isinstance(found, list) else found["pieces"]
+    return pieces
+
+
+def check_tokenizer(store: Store, id_: str) -> None:
+    """Raise `IntegrityError` where the tokenizer of a store that was begun is not that of its shards any more."""
+    begun = read_sealed(store.pieces(id_))
+    if not isinstance(begun, list):
+        made = {name: FileRecord.model_validate(record) for name, record in begun["tokenizer"].items()}
+        check_listed(store.tokenizer(id_), made, checksums=True)
 
 
 class _Worker:
@@ -121,7 +138,7 @@ def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> 
     begun = number
     left = order.max_documents
     if left is not None:
-        left -= sum(read_json(store.shard_record(order.id, other))["read"] for other in range(number))
+        left -= sum(read_sealed(store.shard_record(order.id, other))["read"] for other in range(number))
     files = sources.names(order.sources)
     for source in streamed:
         skip, schema, file = 0, None, files.index(sources.names((source,))[0])
@@ -135,7 +152,7 @@ def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> 
                 schema = schema or conversations.schema_of(chunk, source, source.source)
                 shard = maker.make(source, _again(chunk), schema or "messages")
                 tokens.write(shard, store, order, number, maker.engine)
-            record = read_json(path)
+            record = read_sealed(path)
             skip, number = skip + record["read"], number + 1
             left = None if left is None else left - record["read"]
             note(0, 0, f"{skip:,} conversations streamed")
@@ -149,7 +166,7 @@ def _again(chunk: list[Record]) -> Callable[[], list[Record]]:
 
 
 def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
-    records = [read_json(store.shard_record(order.id, number)) for number in range(count)]
+    records = [read_sealed(store.shard_record(order.id, number)) for number in range(count)]
     keys = ("conversations", "not_drawn", "documents", "tokens", "errors")
     totals = {key: sum(record[key] for record in records) for key in keys}
     rejected = [item for record in records for item in record["rejected"]]
@@ -174,7 +191,7 @@ def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
 
 def provenance(order: TokensOrder, store: Store) -> dict[str, Any]:
     """What may differ between machines and yet gives the same bytes, and which revisions names meant."""
-    engines = {read_json(path)["engine"] for path in store.shard_records(order.id)}
+    engines = {read_sealed(path)["engine"] for path in store.shard_records(order.id)}
     return {
         "engines": sorted(engines),
         "revisions": [hub.resolved(source) for source in order.sources if hub.is_dataset(source.source)],

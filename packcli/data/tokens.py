@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from packcli import processes
 from packcli.data.shards import Shard
 from packcli.errors import ConfigError, DataError, IntegrityError
-from packcli.files import atomic_write, read_json, sha256_file, write_json
+from packcli.files import atomic_write, read_sealed, sha256_file, write_sealed
 from packcli.plan import TokensOrder
 from packcli.store import Store
 
@@ -74,7 +74,7 @@ def write(shard: Shard, store: Store, order: TokensOrder, number: int, engine: s
         "engine": engine,
         "sha256": sha256_file(path),
     }
-    write_json(store.shard_record(order.id, number), record)
+    write_sealed(store.shard_record(order.id, number), record)
     return record
 
 
@@ -83,7 +83,7 @@ def check_shards(store: Store, id_: str, count: int) -> None:
     paths = [store.shard(id_, number) for number in range(count)]
     many = sum(path.stat().st_size for path in paths) > _LARGE_BYTES
     for number, found in processes.imap(_Sha256, (), paths, processes.cores() if many else 1):
-        if found != read_json(store.shard_record(id_, number))["sha256"]:
+        if found != read_sealed(store.shard_record(id_, number))["sha256"]:
             path = paths[number]
             raise IntegrityError(
                 f"{path}: its bytes changed (sha256 differs)", f"delete {path.parent} and run again"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packcli import stages
 from packcli.errors import ConfigError, MissingError, PackcliError, RunError
-from packcli.files import atomic_write, locked, read_json, write_json
+from packcli.files import atomic_write, locked, read_sealed, write_sealed
 from packcli.launch import graph, life, script, slurm
 from packcli.launch.graph import Array, Known, Stage
 from packcli.launch.profile import Profile, StageName
@@ -73,12 +73,12 @@ class View:
         if id_ not in self._orders:
             submission, _, number = id_.partition(".")
             try:
-                read = read_json(self._store.array_order(submission, int(number)))
+                read = read_sealed(self._store.array_order(submission, int(number)))
                 order = Submitted.model_validate(read)
                 # A copy of a run directory has the orders too, but the jobs work for the one they were given.
                 is_ours = Path(order.runs).samefile(self._store.root)
                 self._orders[id_] = order if is_ours else None
-            except (OSError, ValueError):
+            except (OSError, ValueError):  # one that is damaged is raised: its jobs are no stranger's
                 self._orders[id_] = None
         return self._orders[id_]
 
@@ -137,7 +137,7 @@ class View:
         if order.array.job != "report":
             return frozenset()
         if order.submission not in self._reported:
-            submitted = read_json(self._store.submitted_plan(order.submission))
+            submitted = read_sealed(self._store.submitted_plan(order.submission))
             self._reported[order.submission] = frozenset(cell["id"] for cell in submitted["cells"])
         return self._reported[order.submission]
 
@@ -148,11 +148,12 @@ class View:
     def lost(self, stages: Iterable[Stage]) -> dict[Stage, Seen]:
         """How the newest jobs of stages ended that are neither done nor live."""
         wanted = set(stages) - set(self.by_stage)
+        if not wanted:
+            return {}
         last: dict[Stage, tuple[Submitted, str]] = {}
-        for submission, number in self._store.arrays() if wanted else ():
-            order = self.order(f"{submission}.{number}")
-            if order is None or (job := self._job(order)) is None:
-                continue
+        orders = [self.order(f"{submission}.{number}") for submission, number in self._store.arrays()]
+        sent = [(job, order) for order in orders if order and (job := self._job(order)) is not None]
+        for job, order in sorted(sent, key=lambda pair: int(pair[0])):  # SLURM counts: clocks may jump
             for element in order.array.elements:
                 if element.part is None:
                     name = f"{job}_{element.index}"
@@ -165,7 +166,7 @@ class View:
 
     def _job(self, order: Submitted) -> str | None:
         try:
-            return str(read_json(self._store.array_job(order.submission, order.array.number))["job"])
+            return str(read_sealed(self._store.array_job(order.submission, order.array.number))["job"])
         except OSError:
             return None  # killed before it was written, or never accepted
 
@@ -283,7 +284,7 @@ def submit(
         if arrays:
             store.write_plan(plan)
             submission = uuid.uuid4().hex[:8]
-            write_json(store.submitted_plan(submission), plan.model_dump(mode="json"))
+            write_sealed(store.submitted_plan(submission), plan.model_dump(mode="json"))
             sent = orders(plan, store, profile, arrays, submission)
             asked = {"fallback": fallback, "unsafe_no_sandbox": unsafe_no_sandbox}
             sent = [order.model_copy(update=asked) for order in sent]
@@ -341,7 +342,7 @@ class _Submission:
                 raise type(error)(f"{order.array.job} jobs: {error.cause}; nothing was submitted", error.fix)
 
     def _write(self, order: Submitted, dependency: str | None) -> Path:
-        write_json(self._store.array_order(order.submission, order.array.number), order.model_dump(mode="json"))
+        write_sealed(self._store.array_order(order.submission, order.array.number), order.model_dump(mode="json"))
         path = self._store.array_script(order.submission, order.array.number)
         with atomic_write(path) as file:
             file.write(script.text(order, dependency).encode())
@@ -352,7 +353,7 @@ class _Submission:
         job = slurm.submit(path, lambda: _find(order.id))
         self._jobs[order.array.number] = job
         record = {"job": job, "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        write_json(self._store.array_job(order.submission, order.array.number), record)
+        write_sealed(self._store.array_job(order.submission, order.array.number), record)
         self._outcome.sent.append(Sent(job, order.array))
 
     def _refused(self, order: Submitted, error: PackcliError) -> Failure:

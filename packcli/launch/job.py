@@ -26,7 +26,7 @@ from packcli.errors import (
     PackcliError,
     PreemptedError,
 )
-from packcli.files import atomic_write, read_json
+from packcli.files import atomic_write, clear_unfinished, read_sealed
 from packcli.launch import life, local, ranks, scratch, slurm
 from packcli.launch.script import Submitted
 from packcli.plan import Plan, TrainOrder
@@ -79,7 +79,7 @@ class Job:
 
     def __init__(self, directory: Path) -> None:
         try:
-            self.order = Submitted.model_validate(read_json(Store.order_in(directory)))
+            self.order = Submitted.model_validate(read_sealed(Store.order_in(directory)))
         except FileNotFoundError:
             cause = f"`{directory}` is gone: the run directory was deleted or moved after this job was submitted"
             raise ConfigError(cause, "run `packcli sweep` again") from None
@@ -93,7 +93,7 @@ class Job:
     def plan(self) -> Plan:
         path = self.store.submitted_plan(self.order.submission)
         try:
-            return Plan.model_validate(read_json(path))
+            return Plan.model_validate(read_sealed(path))
         except (OSError, ValueError):
             raise _damaged(path) from None
 
@@ -209,6 +209,7 @@ class Job:
         from packcli.report import render, rows
 
         collected = rows.collect(self.plan, self.store)
+        clear_unfinished(self.store.sweep(self.plan.name))
         for suffix, text in (("md", render.markdown(collected)), ("json", render.json_text(collected))):
             with atomic_write(self.store.report(self.plan.name, suffix)) as file:
                 file.write(text.encode())

@@ -6,8 +6,8 @@ import signal
 from collections.abc import Sequence
 
 from packcli.config import Spec
-from packcli.errors import LockedError, PackcliError, PreemptedError, QuarantinedError
-from packcli.files import digest, read_json, write_json
+from packcli.errors import IntegrityError, LockedError, PackcliError, PreemptedError, QuarantinedError
+from packcli.files import digest, read_sealed, write_sealed
 from packcli.launch.graph import Stage
 from packcli.launch.profile import RequeueSpec, Resources
 from packcli.plan import Plan
@@ -83,13 +83,16 @@ def _reasons(attempts: Sequence[Attempt]) -> str:
 def read(store: Store, stage: Stage) -> Life:
     """What is known of a stage's life; empty where no cluster tried it."""
     try:
-        return Life.model_validate(read_json(store.job(*stage)))
+        return Life.model_validate(read_sealed(store.job(*stage)))
     except FileNotFoundError:
         return Life()
+    except (ValueError, IntegrityError):
+        cause = f"{store.job(*stage)}: the attempts at a stage cannot be read"
+        raise IntegrityError(cause, "delete it and run again: they are counted anew") from None
 
 
 def write(store: Store, stage: Stage, life: Life) -> None:
-    write_json(store.job(*stage), life.model_dump())
+    write_sealed(store.job(*stage), life.model_dump())
 
 
 def settings(plan: Plan, stage: Stage, resources: Resources) -> str:

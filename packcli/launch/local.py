@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from packcli import costs, log, stages
+from packcli.commit_points import passing
 from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
 from packcli.launch import graph, ranks
@@ -159,10 +160,14 @@ def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
 @contextlib.contextmanager
 def _announced(store: Store, sweep: str) -> Iterator[None]:
     """A file, locked while this process does the sweep, by which `cancel` finds it."""
+    for left, number in store.processes(sweep):  # of coordinators that were killed
+        if number != os.getpid() and not is_locked(left):
+            left.unlink(missing_ok=True)
     path = store.process(sweep, os.getpid())
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        passing(path.with_name("process"), "after")
         try:
             yield
         finally:

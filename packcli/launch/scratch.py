@@ -27,8 +27,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from packcli.commit_points import passing
 from packcli.errors import ConfigError, IntegrityError
-from packcli.files import sha256_file, write_json
+from packcli.files import sha256_file, write_sealed
 from packcli.log import logger
 from packcli.plan import Kind, TrainOrder
 from packcli.processes import cores
@@ -193,7 +194,7 @@ def _complete(store: Store, copies: Store, wanted: Manifest, note: Note) -> str 
         spent = time.monotonic() - started
         logger.info("%s %s: %s bytes copied to %s in %.1f s", kind, id_, f"{num_bytes:,}", platform.node(), spent)
     if missing or _manifest(copies, kind, id_) != wanted:
-        write_json(copies.manifest_file(kind, id_), wanted.model_dump())
+        write_sealed(copies.manifest_file(kind, id_), wanted.model_dump())
     return None
 
 
@@ -220,7 +221,9 @@ def _copy(source: Path, copy: Path, name: str, record: FileRecord) -> None:
         for _ in range(_TRIES):
             shutil.copyfile(source / name, temporary)
             if _is_whole(temporary, record):
+                passing(target, "before")
                 temporary.replace(target)
+                passing(target, "after")
                 return
             check_listed(source, {name: record}, checksums=True)
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from packcli.commit_points import passing
 from packcli.errors import ConfigError, MissingError, PackcliError
 from packcli.launch.allowed import minutes
 from packcli.launch.script import COMMENT
@@ -183,8 +184,10 @@ def submit(script: Path, find: Callable[[], str | None]) -> str:
         MissingError: SLURM does not answer, or takes no more jobs from this user.
     """
     for attempt in range(_TRIES):
+        passing(script, "before sbatch")
         answer = _call(["sbatch", "--parsable", str(script)])
         if answer.returncode == 0:
+            passing(script, "after sbatch")
             return answer.stdout.strip().partition(";")[0]
         if not _BUSY.search(answer.stderr):
             break

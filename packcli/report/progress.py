@@ -12,7 +12,6 @@ from typing import Any, Literal
 import orjson
 
 from packcli import batching
-from packcli.files import read_json
 from packcli.plan import TokensOrder, TrainOrder
 from packcli.store import Store
 
@@ -72,11 +71,11 @@ def num_steps(order: TrainOrder, store: Store) -> int | None:
 
 def shards(order: TokensOrder, store: Store, part: tuple[int, int] = (0, 1)) -> Progress:
     """Shards done of a token store, or of part k of n; how many a streamed source will come to, nobody knows."""
-    from packcli.data import sources
+    from packcli.data import sources, tokenize
 
     there = store.shard_records(order.id)
     try:
-        count = len(read_json(store.pieces(order.id)))
+        count = len(tokenize.pieces_in(store.pieces(order.id)))
     except FileNotFoundError:
         return Progress("shards", 0, None)
     if any(map(sources.is_streamed, order.sources)):

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from packcli.commit_points import passing
 from packcli.errors import IntegrityError, MissingError, PackcliError, RunError
-from packcli.files import disk_full, read_json, sha256_file, write_json
+from packcli.files import disk_full, read_json, read_sealed, sha256_file, write_json, write_sealed
 from packcli.log import logger
 from packcli.store import MANIFEST, FileRecord, Store, check_listed, listed
 from packcli.train.distributed import Processes
@@ -148,9 +149,11 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], path: Path, step: int, progress: dict[str, Any]) -> None:
         processes = self._processes
         try:
+            passing(path, "before")
             dcp.save(  # type: ignore[attr-defined]
                 state, checkpoint_id=path, no_dist=processes.world == 1, process_group=self._group
             )
+            passing(path, "after")
             if processes.is_main:
                 write_json(Store.progress(path), {"step": step, **progress})
             # Each rank reads back and hashes what it wrote: one for all would take minutes for a large model.
@@ -163,7 +166,7 @@ class Checkpoints:
         for found in processes.gather(own, self._group):
             outputs.update(found)
         if processes.is_main:
-            write_json(path / MANIFEST, {"train": self._train, "step": step, "outputs": outputs})
+            write_sealed(path / MANIFEST, {"train": self._train, "step": step, "outputs": outputs})
             prune(self._store, self._train, self._keep)
         self._barrier()
 
@@ -181,7 +184,7 @@ class Checkpoints:
         """What is wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
         found: str | None = None
         try:
-            if read_json(path / MANIFEST).get("train") != self._train:
+            if read_sealed(path / MANIFEST).get("train") != self._train:
                 found = f"{path}: a checkpoint of another training"
             else:
                 outputs = sorted(listed(path / MANIFEST, "outputs").items())

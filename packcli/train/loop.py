@@ -26,7 +26,7 @@ from packcli.data.tokenizer import load_directory
 from packcli.data.tokens import Tokens
 from packcli.errors import DivergedError, PreemptedError
 from packcli.estimate import StepArithmetic
-from packcli.files import atomic_directory, atomic_write, json_line, read_jsonl
+from packcli.files import atomic_directory, atomic_write, read_jsonl
 from packcli.log import logger
 from packcli.model import attention, head, load, probe
 from packcli.model.collate import collate
@@ -35,7 +35,7 @@ from packcli.plan import TrainOrder
 from packcli.processes import Stop, listening
 from packcli.seeds import integer
 from packcli.store import Store
-from packcli.train import distributed, faults, loss, metrics, optim, trackers, watchdog
+from packcli.train import distributed, faults, journal, loss, metrics, optim, trackers, watchdog
 from packcli.train import step as step_
 from packcli.train.checkpoint import Checkpoints
 from packcli.train.distributed import Processes
@@ -119,7 +119,7 @@ def train(
             if found is not None:
                 logger.info("goes on from step %s of %s", f"{progress.step:,}", f"{len(steps):,}")
             write_config(order, store)
-            _truncate_metrics(store, order.id, progress.step)
+            journal.truncate(store, order.id, progress.step, (found or {}).get("metrics_sha256"))
         processes.barrier()
 
         # Loop -----------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def train(
         hung = partial(store.fail, "train", order.id)
         with (
             checkpoints,
-            _records(order, store, progress.step, processes) as write,
+            journal.writing(order, store, progress.step, processes) as write,
             watchdog.watching(spec.hang_timeout_s, processes.rank, hung) as alive,
         ):
             for step in range(progress.step, len(steps)):
@@ -174,7 +174,8 @@ def train(
                 if stopping or _is_due(step + 1, len(steps), spec):
                     epoch, row = batching.position(rows.sizes, sum(map(len, steps[: step + 1])))
                     spent = {"wall_s": progress.wall_s, "cpu_s": progress.cpu_s}
-                    checkpoints.save(step + 1, {"epoch": epoch, "row": row, **spent})
+                    logged = {"metrics_sha256": journal.synced(store, order.id)} if processes.is_main else {}
+                    checkpoints.save(step + 1, {"epoch": epoch, "row": row, **spent, **logged})
                 if stopping:
                     checkpoints.wait()
                     where = f"stopped at step {step + 1} of {len(steps)}"
@@ -318,43 +319,6 @@ def _diverged(
         f"step {step + 1}: loss {loss_}, gradient norm {norm}; no update was made. Documents: {origins}{more}",
         "lower `train.lr`, or look at these documents",
     )
-
-
-@contextlib.contextmanager
-def _records(
-    order: TrainOrder, store: Store, resume_step: int, processes: Processes
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What appends one JSON line a step and shows it to the trackers; on rank 0, the others write nothing.
-
-    Flushed each time, so a killed run keeps all but a torn last line.
-    """
-    if not processes.is_main:
-        yield lambda record: None
-        return
-    watched = trackers.open_trackers(
-        order.train.trackers,
-        store.tracker_logs(order.id),
-        run_id=order.id,
-        name=order.id,
-        config=order.model_dump(mode="json"),
-        resume_step=resume_step,
-    )
-    with watched, store.metrics(order.id).open("ab") as file:
-
-        def write(record: dict[str, Any]) -> None:
-            file.write(json_line(record))
-            file.flush()
-            watched.log(record)
-
-        yield write
-
-
-def _truncate_metrics(store: Store, train_id: str, step: int) -> None:
-    path = store.metrics(train_id)
-    kept = [record for record in read_jsonl(path) if record["step"] <= step] if path.exists() else []
-    with atomic_write(path) as file:
-        for record in kept:
-            file.write(json_line(record))
 
 
 def write_config(order: TrainOrder, store: Store) -> None:

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
-
 from packcli.errors import IntegrityError
-from packcli.files import digest, disk_full, json_line
+from packcli.files import append_lines, digest, json_line, seal, unseal
 
 Note = Callable[[int, int, str], None]
 Request = tuple[str, dict[str, Any]]
@@ -179,8 +177,8 @@ def _read(path: Path, eval_id: str) -> dict[str, dict[str, Any]]:
 def _parsed(lines: bytes, path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines.splitlines(), 1):
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            record = unseal(line, f"{path}:{number}")
+        except IntegrityError:
             record = None
         if not isinstance(record, dict) or (number > 1 and "key" not in record):
             raise IntegrityError(f"{path}:{number}: no answer can be read here", "delete the file and run again")
@@ -189,10 +187,4 @@ def _parsed(lines: bytes, path: Path) -> Iterator[dict[str, Any]]:
 
 def _append(path: Path, records: Sequence[object]) -> None:
     """Add lines and wait until they are on disk."""
-    try:
-        with path.open("ab") as file:
-            file.write(b"".join(json_line(record) for record in records))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise disk_full(error, path) from None
+    append_lines(path, [seal(json_line(record)) for record in records])

@@ -15,9 +15,10 @@ from typing import BinaryIO
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from packcli.commit_points import passing
 from packcli.errors import IntegrityError
 from packcli.eval.judge.verdicts import Form, UnusableError, read
-from packcli.files import disk_full, fsync_directory, json_line
+from packcli.files import disk_full, fsync_directory, json_line, seal, unseal
 from packcli.log import logger
 
 _MAX_RESPONSE = 400_000
@@ -117,7 +118,7 @@ class Replies:
         """Read `path`; it need not exist. A torn last line, whose writer was killed, is cut off with a note.
 
         Raises:
-            IntegrityError: a line that is no reply.
+            IntegrityError: a line that is no reply, or was changed.
         """
         self.by_key: defaultdict[str, list[Reply]] = defaultdict(list)
         self._path = path
@@ -133,13 +134,15 @@ class Replies:
         Raises:
             MissingError: the disk is full.
         """
-        line = json_line(reply.model_dump(mode="json"))
+        line = seal(json_line(reply.model_dump(mode="json")))
         try:
+            passing(self._path, "before")
             with self._path.open("a+b") as file:
                 self._catch_up(file)
                 file.write(line)
                 file.flush()
                 self._catch_up(file)
+            passing(self._path, "after")
         except OSError as error:
             raise disk_full(error, self._path) from None
 
@@ -167,8 +170,8 @@ class Replies:
 
     def _reply(self, line: bytes) -> Reply:
         try:
-            return Reply.model_validate(orjson.loads(line))
-        except (orjson.JSONDecodeError, ValidationError):
+            return Reply.model_validate(unseal(line, f"{self._path}:{self._num_lines}"))
+        except (IntegrityError, ValidationError):
             raise IntegrityError(
                 f"{self._path}:{self._num_lines}: not a judge's reply as packcli writes it",
                 "delete this line, or the file: what is missing is asked again",
