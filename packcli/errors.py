@@ -11,7 +11,7 @@ PackcliError (1: a bug, unless a subclass says otherwise)
  +-- PreemptedError   75    stopped at a step boundary; run the same command again
  +-- LeftError       130    the user looks away from jobs, which go on
 
-A library call raises these; only `cli.py` prints them. Anything else that escapes is a bug.
+A library call raises these; only `cli/` prints them. Anything else that escapes is a bug.
 """
 
 from __future__ import annotations

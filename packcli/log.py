@@ -1,6 +1,6 @@
 """What a user sees while work goes on: messages and progress, all on stderr.
 
-Nothing here is a result: results go to stdout (`cli.py`), numbers of a run to `metrics.jsonl`.
+Nothing here is a result: results go to stdout (`cli/`), numbers of a run to `metrics.jsonl`.
 """
 
 from __future__ import annotations

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from packcli.doctor.checks import Check, Finding
 from packcli.errors import PackcliError
 from packcli.eval.judge.spec import Server, server
-
-if TYPE_CHECKING:
-    import httpx
 
 _ANSWER_S = 5.0
 _LIMIT_S = 15.0
@@ -38,16 +37,14 @@ def _hub() -> Iterator[Finding]:
         means = "models and data are taken from the cache of this machine alone"
         fix = "where there is internet: packcli fetch SWEEP, with HF_HOME on a disk that both share"
         yield Finding("hub", "missing", f"{endpoint} does not answer ({answer}); {said}", means, fix)
-    elif token and answer.status_code in (401, 403):
+    elif token and answer in (401, 403):
         means = "gated models and private data cannot be had"
-        yield Finding(
-            "hub", "failed", f"{endpoint} refuses the token ({answer.status_code})", means, "hf auth login"
-        )
-    elif answer.status_code in (401, 403):
+        yield Finding("hub", "failed", f"{endpoint} refuses the token ({answer})", means, "hf auth login")
+    elif answer in (401, 403):
         means = "it is reached, and wants to know who asks"
-        yield Finding("hub", "failed", f"{endpoint} answers {answer.status_code}; {said}", means, "hf auth login")
-    elif answer.status_code >= 500:
-        yield Finding("hub", "failed", f"{endpoint} answers {answer.status_code}", "", "try again later")
+        yield Finding("hub", "failed", f"{endpoint} answers {answer}; {said}", means, "hf auth login")
+    elif answer >= 500:
+        yield Finding("hub", "failed", f"{endpoint} answers {answer}", "", "try again later")
     else:
         fix = "" if token else "hf auth login"
         yield Finding("hub", "ok", f"{endpoint} answers; {said}", "models and data can be fetched", fix)
@@ -82,21 +79,32 @@ def _served(what: str, where: Server) -> Finding:
         return Finding(
             what, "failed", f"{where.host} does not answer ({answer})", means, "start it, or mend its URL"
         )
-    if answer.status_code in (401, 403):
-        found = f"{where.host} refuses the key ({answer.status_code})"
+    if answer in (401, 403):
+        found = f"{where.host} refuses the key ({answer})"
         return Finding(
             what, "failed", found, "what it is to write or to judge is not scored", "export OPENAI_API_KEY=..."
         )
-    if answer.status_code >= 500:
-        return Finding(what, "failed", f"{where.host} answers {answer.status_code}", "", "try again later")
+    if answer >= 500:
+        return Finding(what, "failed", f"{where.host} answers {answer}", "", "try again later")
     return Finding(what, "ok", f"{where.host} answers{'; a key is set' if key else ''}")
 
 
-def _asked(method: str, url: str, headers: Mapping[str, str]) -> httpx.Response | str:
-    """The answer, or why there is none."""
-    import httpx
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer: no key follows it elsewhere."""
 
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _asked(method: str, url: str, headers: Mapping[str, str]) -> int | str:
+    """The status of the answer, or why there is none."""
     try:
-        return httpx.request(method, url, headers=headers, timeout=_ANSWER_S, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        request = urllib.request.Request(url, method=method, headers=dict(headers))
+        with urllib.request.build_opener(_Stays).open(request, timeout=_ANSWER_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except urllib.error.URLError as error:
+        return str(error.reason)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
