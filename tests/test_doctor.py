@@ -443,6 +443,7 @@ def test_a_sandbox_that_lets_something_through_passes(tmp_path: Path, monkeypatc
 def test_sentences_that_cannot_be_split_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()  # a process that split sentences before still could
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(elsewhere, "ask", lambda question, *words, limit_s: scoring.split(*words))
     found = only(scoring._nltk(()))

@@ -931,7 +931,7 @@ def test_a_judge_without_a_price_has_tokens_and_no_cost(start: Start, tmp_path: 
     [
         ("judge: {input: 1}", "output"),
         ("judge: {input: -1, output: 1}", "greater than or equal to 0"),
-        ("judge: {input: .nan, output: 1}", "judge"),
+        ("judge: {input: .nan, output: 1}", "finite"),
         ("judge: {input: .inf, output: 1}", "finite"),
         ("judge: {input: '1', output: 1}", "valid number"),
         ("judge: {input: true, output: 1}", "valid number"),
