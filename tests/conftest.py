@@ -106,6 +106,25 @@ def run_cli() -> Callable[..., Done]:
     return run
 
 
+@pytest.fixture(scope="session")
+def forked_cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
+    """`run_cli` by forks of a packcli that is loaded: whole commands without the start of the interpreter.
+
+    For files with many commands: a module's own `run_cli` returns it. Of variables that libraries read as they are
+    imported (HF_HOME and the like) it knows those of its own start.
+    """
+    from forked import Forked
+
+    packcli = Forked(tmp_path_factory.mktemp("forked"), "import packcli.stages, packcli.views")
+
+    def run(*args: object, cwd: Path, env: dict[str, str] | None = None) -> Done:
+        ended = packcli.run(*args, cwd=cwd, env={**os.environ, "COLUMNS": "140", "NO_COLOR": "1", **(env or {})})
+        return Done(ended.code, ended.stdout, ended.stderr)
+
+    yield run
+    packcli.close()
+
+
 def chat_records(count: int, *, turns: int = 1, first: int = 0) -> list[dict[str, Any]]:
     """`count` different conversations in the `messages` schema, of lengths that vary."""
     records = []

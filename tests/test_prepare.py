@@ -25,6 +25,12 @@ from packcli.store import Store, normalized
 
 Cli = Callable[..., Done]
 
+
+@pytest.fixture(scope="module")
+def run_cli(forked_cli: Cli) -> Cli:
+    return forked_cli
+
+
 MODEL = {
     "config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "tokenizer": "train",

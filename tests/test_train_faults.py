@@ -30,6 +30,11 @@ TWO = ("--nproc-per-node", 2)
 slow = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def run_cli(forked_cli: Callable[..., object]) -> Callable[..., object]:
+    return forked_cli
+
+
 @pytest.fixture
 def training(
     tiny_sweep: Callable[..., Path], run_cli: Callable[..., object], tmp_path: Path
