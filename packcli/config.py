@@ -53,14 +53,6 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    @model_validator(mode="after")
-    def _fits_in_json(self) -> Self:
-        """Ids are made of JSON, whose whole numbers have 64 bits. (To a field digits in quotes are one, too.)"""
-        for name, value in self:
-            if isinstance(value, int) and value.bit_length() > 63:
-                raise ValueError(f"`{name}` has more than 63 bits")
-        return self
-
 
 class LayoutSpec(Spec):
     """How an arm makes rows: all that a row index depends on of it. The words are explained in `ArmSpec`."""

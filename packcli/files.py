@@ -29,8 +29,17 @@ _SEAL = re.compile(rb'\{"([^"]{8})":"([^"]{16})",')  # also with a damaged key: 
 
 
 def digest(value: object) -> str:
-    """16 hex digits of the sha256 of `value` as canonical JSON (sorted keys, no spaces)."""
-    canonical = orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    """16 hex digits of the sha256 of `value` as canonical JSON (sorted keys, no spaces).
+
+    Raises:
+        ConfigError: a whole number in it does not fit JSON's 64 bits.
+    """
+    try:
+        canonical = orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError as error:
+        raise ConfigError(
+            f"a value that ids cannot be made of: {error}", "give one of less than 64 bits"
+        ) from None
     return hashlib.sha256(canonical).hexdigest()[:16]
 
 
@@ -172,14 +181,15 @@ def unseal(document: bytes, path: Path | str) -> Any:
         IntegrityError: the checksum differs, or it is no JSON. `path`: where it lies.
     """
     found = _SEAL.match(document)
-    fix = f"delete {Path(path).parent} and run again"
     try:
         value = orjson.loads(document)
     except orjson.JSONDecodeError:
+        fix = f"delete {Path(path).parent} and run again"
         raise IntegrityError(f"{path}: damaged, or cut short", fix) from None
     if found is None:
         return value
     if found.groups() != (b"checksum", _checksum(document[found.end() :])):
+        fix = f"delete {Path(path).parent} and run again"
         raise IntegrityError(f"{path}: its bytes changed (its own checksum differs)", fix)
     del value["checksum"]
     return value
