@@ -103,11 +103,12 @@ def clear_unfinished(directory: Path) -> None:
     """Delete the files in `directory` that writers of this machine left unfinished because they were killed."""
     for left in directory.glob(f".*.tmp-{platform.node()}-*"):
         writer = left.name.rsplit("-", 2)[1]
-        if writer.isdigit() and not _is_alive(int(writer)):
+        if writer.isdigit() and not is_alive(int(writer)):
             left.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

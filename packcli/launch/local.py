@@ -21,6 +21,7 @@ from packcli import costs, log, stages
 from packcli.commit_points import passing
 from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
+from packcli.files import is_alive
 from packcli.launch import graph, ranks
 from packcli.launch.ranks import Group
 from packcli.plan import Kind, Plan, closure
@@ -161,7 +162,8 @@ def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
 def _announced(store: Store, sweep: str) -> Iterator[None]:
     """A file, locked while this process does the sweep, by which `cancel` finds it."""
     for left, number in store.processes(sweep):  # of coordinators that were killed
-        if number != os.getpid() and not is_locked(left):
+        # One that lives may be about to lock its own.
+        if not is_alive(number) and not is_locked(left):
             left.unlink(missing_ok=True)
     path = store.process(sweep, os.getpid())
     path.parent.mkdir(parents=True, exist_ok=True)
