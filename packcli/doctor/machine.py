@@ -192,8 +192,10 @@ def _cgroup(name: str) -> Iterator[str]:
             yield (directory / name).read_text().strip()
 
 
-def memory_bytes() -> tuple[int, int]:
-    """(all, available) of this machine, or of what a container may use of it."""
+def memory_bytes() -> tuple[int, int] | None:
+    """(all, available) of this machine, or of what a container may use of it; None: not Linux, which says it."""
+    if sys.platform != "linux":
+        return None
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
     total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
@@ -205,7 +207,10 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def _memory() -> Iterator[Finding]:
-    total, available = memory_bytes()
+    if (known := memory_bytes()) is None:
+        yield Finding("memory", "ok", "not known: asked of Linux only")
+        return
+    total, available = known
     limited = " (a limit of its control group)" if total == memory_limit_bytes() else ""
     yield Finding("memory", "ok", f"{size(total)}{limited}, {size(available)} available")
 

@@ -155,7 +155,13 @@ class Sweep:
             yield Finding("memory for it", "ok", unknown if self.trains else "nothing is left to train")
             return
         free = [card.free_bytes for card in cards if card.free_bytes is not None]
-        room = min(free) if free else memory_bytes()[1]
+        if free:
+            room = min(free)
+        elif (known := memory_bytes()) is not None:
+            room = known[1]
+        else:
+            yield Finding("memory for it", "ok", "not known: how much is free is asked of Linux only")
+            return
         where = f"on each of {len(cards)} GPUs" if free else "on this machine"
         least = "" if cards else "at least "  # activations are not counted on a CPU
         text = f"the largest training takes {least}{size(max(taken))}; {size(room)} are free {where}"
