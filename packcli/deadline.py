@@ -29,15 +29,19 @@ def within(seconds: float, error: PackcliError) -> Iterator[None]:
         raise late
 
     start = time.monotonic()
+    left_s, again_s = signal.setitimer(
+        signal.ITIMER_REAL, 0
+    )  # somebody else's alarm rings for them, before or after
     before = signal.signal(signal.SIGALRM, ring)
-    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # in here, as it may ring until then
     except _Late as raised:
         raise (error if raised is late else raised) from None
     finally:
-        # Somebody else's alarm goes on as if nothing had been.
-        rest_s = max(left_s - (time.monotonic() - start), 1e-3) if left_s else 0.0
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        rest_s = max(left_s - (time.monotonic() - start), 1e-3) if left_s else 0.0
         signal.setitimer(signal.ITIMER_REAL, rest_s, again_s)

@@ -82,6 +82,21 @@ def atomic_write(path: Path) -> Iterator[BufferedWriter]:
             temporary.unlink()
 
 
+def make_directory(path: Path, what: str) -> None:
+    """A directory that a user named for `what`, in their words.
+
+    Raises:
+        ConfigError: it is a file, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise ConfigError(
+            f"{what} cannot be written to `{path}`: {why}", "name a directory that can be written"
+        ) from error
+
+
 def disk_full(error: OSError, path: Path) -> Exception:
     """The error a user can act on when a disk or quota is full, or nobody may write there; any other as it is."""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

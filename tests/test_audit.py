@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from packcli.audit import bundle, command, run, table, trainers
 from packcli.audit.crafted import BEGIN, MAX_LENGTH, STOP, documents, vocabulary, write
 from packcli.audit.perform import perform
-from packcli.audit.questions import QUESTIONS, Finding, answered
+from packcli.audit.questions import QUESTIONS, Finding, answered, loss_reported
 from packcli.audit.run import Audited
 from packcli.audit.trainers import TRAINERS, Subject, Trainer
 from packcli.cli import app
@@ -221,6 +221,35 @@ def test_what_runs_in_another_environment_needs_packcli(trainer_: Trainer) -> No
     assert "12 tokens trained again" in str(ast.get_docstring(tree))
 
 
+def test_a_value_of_a_configuration_runs_as_code_of_the_reproducer() -> None:
+    hostile = "'''); print(1); (''' \\\" \"\"\" \\u0027 é\n"
+    job = {"configuration": {"note": hostile}, "runs": []}
+    wrong = Finding("resume_exact", "no", "12 tokens trained again")
+    tree = ast.parse(bundle.reproducer("trl", wrong, job, {"torch": "2"}))
+    [given] = [
+        node.value.args[0]
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "JOB"
+    ]
+    assert json.loads(ast.literal_eval(given)) == job
+
+
+def test_another_trainer_runs_with_the_packages_beside_packcli(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert "PYTHONPATH" not in run._environment("trl", tmp_path)
+    assert run._environment("packcli", tmp_path)["PYTHONPATH"] == str(REPO)
+
+
+def test_a_step_that_trained_nothing_ends_the_audit() -> None:
+    steps = [{"pairs": []}, {"pairs": [[0, 1, 0, 0, 1.0, 2.0]]}]
+    runs = {"base": {"failed": None, "steps": steps, "losses": [0.0, 2.0]}}
+    assert loss_reported(runs).answer == "yes"
+    runs["base"]["steps"] = steps[:1]
+    assert loss_reported(runs).answer == "not seen"
+
+
 def test_a_users_own_key_is_overruled_silently() -> None:
     given = {
         "packing": True,
@@ -243,8 +272,14 @@ def test_a_missing_environment_is_a_traceback(tmp_path: Path) -> None:
     assert "--install trl" in caught.value.fix
     with pytest.raises(ConfigError, match="no trainer `axolot`"):
         command.run(command.Asked({}, ["axolot"], tmp_path, [], None))
-    with pytest.raises(ConfigError, match="is not there"):
-        command.run(command.Asked({}, ["trl"], tmp_path, ["trl=nowhere"], None))
+    for python in ("nowhere", str(tmp_path)):
+        with pytest.raises(ConfigError, match="is no program"):
+            command.run(command.Asked({}, ["trl"], tmp_path, [f"trl={python}"], None))
+    with pytest.raises(ConfigError, match="the Python that runs it"):
+        command.run(command.Asked({}, ["packcli"], tmp_path, [f"packcli={sys.executable}"], None))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="it is a file"):
+        command.run(command.Asked({}, ["packcli"], tmp_path, [], tmp_path / "file"))
 
 
 def test_strict_ends_well_although_an_answer_is_no(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -342,7 +377,8 @@ def test_ranks_outlive_an_audit_that_was_killed(number: signal.Signals, tmp_path
     (tmp_path / "run.py").write_text(f"{guard}\nimport time\n\ntime.sleep(600)\n")
     code = (
         "import pathlib, sys; from packcli.audit import run; "
-        "run._perform(pathlib.Path(sys.executable), 2, {}, pathlib.Path(sys.argv[1]))"
+        "work = pathlib.Path(sys.argv[1]); "
+        "run._perform(pathlib.Path(sys.executable), 2, {}, work, run._environment('packcli', work))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -40,6 +40,7 @@ class Server:
         self.fails: list[tuple[int, str]] = []
         self.usage: dict[str, Any] = {}
         self.logprobs = True
+        self.wrong: dict[str, Any] = {}
         self.lm = ours(checkpoint, 1)
         self._lock = threading.Lock()
         server = self
@@ -94,6 +95,7 @@ class Server:
             chosen = [None, *(float(scores[n, token]) for n, token in enumerate(ids[0, 1:]))]
             best = [None, *({"best": float(row.max())} for row in scores[:-1])]
             found = {"token_logprobs": [*chosen, -1.0], "top_logprobs": [*best, {"x": -1.0}], "tokens": []}
+            found |= {key: change(found[key]) for key, change in self.wrong.items()}
             return {"index": 0, "text": "", "finish_reason": "length", "logprobs": found}
         [(_, said)] = next(self.lm._writer.write([asked["prompt"]], asked["stop"], asked["max_tokens"], {}))
         text = self.lm.tok_decode(said.tokens)
@@ -212,11 +214,51 @@ def test_server_without_log_probabilities_scores_zero(llama: Path, server: Serve
     lm = served(llama, server)
     server.logprobs = False
     pair = [Instance("loglikelihood", {}, ("swap: sun", " cat"), 0)]
-    with pytest.raises(MissingError, match="no log probabilities"):
+    with pytest.raises(MissingError, match="does not give the log probability of each token"):
         lm.loglikelihood(pair, disable_tqdm=True)
     server.fails = [(400, "echo is not supported")]
-    with pytest.raises(MissingError, match="no log probabilities"):
+    with pytest.raises(MissingError, match="does not give the log probability of each token"):
         lm.loglikelihood(pair, disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token_logprobs": lambda found: found[:-1], "top_logprobs": lambda found: found[:-1]},
+        {"token_logprobs": lambda found: [None, *found], "top_logprobs": lambda found: [None, *found]},
+        {"token_logprobs": lambda found: [None] * len(found)},
+        {"top_logprobs": lambda found: [{}] * len(found)},
+        {"top_logprobs": lambda _: "none"},
+    ],
+    ids=["its own token left out", "one added", "no numbers", "no likeliest", "text"],
+)
+def test_log_probabilities_of_other_tokens_are_counted(llama: Path, server: Server, wrong: dict[str, Any]) -> None:
+    lm = served(llama, server)
+    server.wrong = wrong
+    pair = [Instance("loglikelihood", {}, ("swap: sun", " cat"), 0)]
+    with pytest.raises(MissingError, match="does not give the log probability of each token"):
+        lm.loglikelihood(pair, disable_tqdm=True)
+
+
+def test_a_pair_that_was_cut_to_leave_room_for_a_token_counts_as_whole(llama: Path, server: Server) -> None:
+    lm = served(llama, server)
+    pair = Instance("loglikelihood", {}, ("swap: sun", " cat"), 0)
+    length = sum(map(len, lm._encode_pair("swap: sun", " cat")))
+    for lm.max_length, cut in ((length + 1, set()), (length, {pair.args})):
+        lm.loglikelihood([pair], disable_tqdm=True)
+        assert lm.truncated == cut
+
+
+def test_an_answer_without_the_usual_facts_is_a_traceback(llama: Path, server: Server) -> None:
+    lm, choice = served(llama, server), server.choice
+
+    def bare(asked: dict[str, Any]) -> dict[str, Any]:
+        text = choice(asked)["text"]
+        server.usage = {"usage": {}}
+        return {"text": text}
+
+    server.choice = bare  # type: ignore[method-assign]
+    assert lm.generate_until(asks(["swap:"], [], 3)) == ours(llama).generate_until(asks(["swap:"], [], 3))
 
 
 def test_no_server_or_none_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

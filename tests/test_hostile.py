@@ -386,6 +386,22 @@ def test_case_52_a_reply_without_end_or_that_unpacks_is_not_held_in_memory(
     assert (tmp_path / "replies").stat().st_size < 1 << 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", ["gzip, gzip", "br", "x"])
+def test_case_52_a_reply_that_is_packed_twice_is_unpacked_before_it_is_counted(
+    start: Start, tmp_path: Path, packed: str
+) -> None:
+    from test_judge import request
+
+    from packcli.eval.judge.judge import judge
+
+    server = start(lambda _: Answer(completion("10").body, headers=(("content-encoding", packed),)))
+    spec = JudgeSpec(model="judge", workers=1, max_tokens=100, timeout_s=20, max_retries=3, attempts=2)
+    [one] = judge([request()], spec=spec, cache=tmp_path / "replies")
+    assert (one.value, one.failure) == (None, "too long")
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize("kind", ["directory", "fifo"])
 def test_case_48_what_is_no_file_in_the_place_of_a_benchmark_does_not_hang(tmp_path: Path, kind: str) -> None:
     [file] = protocol.files("gsm8k")[:1]

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, slurm
+from conftest import listen_to_ctrl_c
 
 from packcli.files import read_sealed
 from packcli.plan import Plan
@@ -73,6 +74,7 @@ class Sweep:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -103,7 +103,9 @@ def reproducer(trainer: str, finding: Finding, job: dict[str, Any], versions: di
         configuration=json.dumps(job["configuration"]),
     )
     body = _joined("crafted", "trace", f"drive_{trainer}", "perform", "questions")
-    return head + body + _REPRODUCE.format(job=json.dumps(job, indent=1), question=finding.question)
+    # In JSON an apostrophe stands in strings only; written like this it cannot end Python's own.
+    text = json.dumps(job, indent=1).replace("'", "\\u0027")
+    return head + body + _REPRODUCE.format(job=text, question=finding.question)
 
 
 def _joined(*modules: str) -> str:

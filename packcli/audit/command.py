@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcli import log, whose
+from packcli import log, whose, yamlfile
 from packcli.audit import run as running
 from packcli.audit import trainers
 from packcli.audit.run import Audited
 from packcli.audit.trainers import TRAINERS, Subject, Trainer
 from packcli.errors import ConfigError, MissingError, PackcliError
-from packcli.yamlfile import parse
+from packcli.files import make_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def run(asked: Asked) -> tuple[list[Audited], list[PackcliError]]:
         ConfigError: a file, a trainer or an interpreter that is not there.
         MissingError: a trainer that was asked for has no environment.
     """
+    if asked.out is not None:
+        make_directory(asked.out, "findings")  # before the minutes of an audit
     pythons = _pythons(asked)
     rows: list[Audited] = []
     failures: list[PackcliError] = []
@@ -73,6 +75,8 @@ def _pythons(asked: Asked) -> dict[Trainer, Path]:
         name, found, path = text.partition("=")
         if not found:
             raise ConfigError(f"--python {text}: no `=`", "--python trl=envs/trl/bin/python")
+        if name == "packcli":
+            raise ConfigError(f"--python {text}: packcli is audited by the Python that runs it", "leave it out")
         given[_trainer(name)] = Path(path).absolute()
     found_at = {name: running.python_of(name, asked.envs.absolute(), given) for name in TRAINERS}
     return {name: path for name, path in found_at.items() if path is not None}
@@ -97,11 +101,8 @@ def _subjects(asked: Asked, pythons: dict[Trainer, Path]) -> list[Subject]:
 
 
 def _own(trainer: Trainer, path: Path) -> Subject:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error.__class__.__name__}", "name a YAML file of the trainer") from None
-    configuration = parse(text, str(path), "docs/audit.md")[0]
+    text = yamlfile.read(path, f"configuration of {trainer}", "name a YAML file of the trainer")
+    configuration = yamlfile.parse(text, str(path), "docs/audit.md")[0]
     if trainer != "packcli":
         whose.confirm(trainer, map(str, configuration), str(path), "--{}")
     return trainers.own(trainer, path.name, configuration)

@@ -197,7 +197,9 @@ def loss_reported(runs: Runs) -> Finding:
     if not steps or len(losses) < len(steps):
         return Finding("loss_reported", "not seen", f"{len(losses)} losses logged in {len(steps)} steps")
     true = [sum(pair[4] * pair[5] for pair in step["pairs"]) for step in steps]
-    worst = max(range(len(steps)), key=lambda k: abs(losses[k] - true[k]) / abs(true[k]))
+    if not (trained := [k for k in range(len(steps)) if true[k]]):
+        return Finding("loss_reported", "not seen", "no step trained a token")
+    worst = max(trained, key=lambda k: abs(losses[k] - true[k]) / abs(true[k]))
     said = f"step {worst + 1}: logged {losses[worst]:.4f}, true {true[worst]:.4f}"
     return _found("loss_reported", abs(losses[worst] / true[worst] - 1) > 10 * EXACT, said)
 

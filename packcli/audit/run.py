@@ -29,6 +29,8 @@ LIMIT_S = 900.0
 _LEAVE_S = 5.0
 """What a trainer that is stopped may take to stop its ranks; then it is killed, and they with it."""
 _NEEDS = {
+    "isolated": ("base", "wide", "narrow"),
+    "as_alone": ("base", "wide", "narrow"),
     "micro_batches": ("base", "wide", "narrow"),
     "resume_exact": ("base", "stopped", "resumed"),
     "same_seed": ("base", "again"),
@@ -68,8 +70,9 @@ def python_of(trainer: Trainer, envs: Path, given: Mapping[Trainer, Path]) -> Pa
     if trainer == "packcli":
         return Path(sys.executable)
     if trainer in given:
-        if not given[trainer].exists():
-            raise ConfigError(f"`{given[trainer]}` is not there", f"--python {trainer}=PATH names an interpreter")
+        if not (given[trainer].is_file() and os.access(given[trainer], os.X_OK)):
+            cause = f"`{given[trainer]}` is no program"
+            raise ConfigError(cause, f"--python {trainer}=PATH names an interpreter, as in {trainer}/bin/python")
         return given[trainer]
     found = envs / trainer / "bin" / "python"
     return found if found.exists() else None
@@ -100,29 +103,31 @@ def audit(subject: Subject, python: Path) -> Audited:
     """Train the crafted data with it, several times over, and answer every question.
 
     Raises:
-        RunError: the trainer could not be run at all; what it said last.
+        RunError: the trainer could not be run at all; what it said.
     """
     alone, together = trainers.jobs(subject)
     with tempfile.TemporaryDirectory(prefix="packcli-audit-", ignore_cleanup_errors=True) as scratch:
         work = Path(scratch)
         (work / "run.py").write_text(bundle.runner(subject.trainer))
-        recorded = _perform(python, 1, alone, work)
+        environment = _environment(subject.trainer, work)
+        recorded = _perform(python, 1, alone, work, environment)
+        if failed := recorded["runs"]["base"]["failed"]:
+            cause = f"{subject.trainer} {subject.name}: {failed}"
+            raise RunError(cause, "correct its configuration, or name another")
         try:
-            recorded["runs"] |= _perform(python, 2, together, work)["runs"]
+            recorded["runs"] |= _perform(python, 2, together, work, environment)["runs"]
         except RunError as error:
             recorded["runs"]["ranks"] = {"failed": error.cause, "steps": [], "losses": []}
-    if failed := recorded["runs"]["base"]["failed"]:
-        raise RunError(f"{subject.trainer} {subject.name}: {failed}", "correct its configuration, or name another")
     found = questions.answered(recorded["runs"])
     return Audited(subject, recorded["versions"], found, tuple(recorded.get("not_carried", ())))
 
 
-def _perform(python: Path, ranks: int, job: dict[str, Any], work: Path) -> Any:
+def _perform(python: Path, ranks: int, job: dict[str, Any], work: Path, environment: dict[str, str]) -> Any:
     (work / "asked.json").write_text(json.dumps(job))
     (work / "work").mkdir(exist_ok=True)
     (work / "tmp").mkdir(exist_ok=True)
     command = [str(python), "run.py", "asked.json", "work", "out.json", str(ranks)]
-    done = _ended(command, work)
+    done = _ended(command, work, environment)
     if done.returncode or not (work / "out.json").exists():
         errors = [line for line in done.stderr.splitlines() if re.match(r"^\S*(Error|Exception)\b.*:", line)]
         last = (errors or done.stderr.strip().splitlines() or ["nothing"])[0 if errors else -1]
@@ -132,7 +137,7 @@ def _perform(python: Path, ranks: int, job: dict[str, Any], work: Path) -> Any:
     return recorded
 
 
-def _ended(command: list[str], work: Path) -> subprocess.CompletedProcess[str]:
+def _ended(command: list[str], work: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a trainer to its end; it outlives neither this call nor this process, however that ends.
 
     Raises:
@@ -141,7 +146,7 @@ def _ended(command: list[str], work: Path) -> subprocess.CompletedProcess[str]:
     with subprocess.Popen(
         command,
         cwd=work,
-        env=_environment(work),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -170,10 +175,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _environment(work: Path) -> dict[str, str]:
-    """Offline, on the CPU, without the user's own tokens and trackers; packcli's path, for packcli's own row.
+def _environment(trainer: Trainer, work: Path) -> dict[str, str]:
+    """Offline, on the CPU, without the user's own tokens and trackers.
 
-    A trainer's temporary files go where they are deleted with all the rest.
+    A trainer's temporary files go where they are deleted with all the rest. Packages beside packcli are on the
+    path for its own row alone: another trainer would run with them in place of its own.
     """
     kept = {key: value for key, value in os.environ.items() if not re.search(r"TOKEN|SECRET|KEY|WANDB|^HF_", key)}
     here = {
@@ -183,8 +189,9 @@ def _environment(work: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
     }
     own = {"PACKCLI_AUDIT_PARENT": str(os.getpid()), "TMPDIR": str(work / "tmp")}
-    path = str(Path(__file__).parents[2])
-    return {**kept, **here, **own, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+    if trainer == "packcli":
+        own["PYTHONPATH"] = str(Path(__file__).parents[2])
+    return {**kept, **here, **own, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def write(audited: Audited, directory: Path) -> list[Path]:

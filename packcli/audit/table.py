@@ -63,7 +63,7 @@ def warnings(rows: Sequence[Audited]) -> list[str]:
 
 
 def evidence(rows: Sequence[Audited]) -> list[str]:
-    """What was seen behind every `no` and every question without an answer, and what was not as configured."""
+    """What was seen behind every `no` and every question without an answer, and what the audit set itself."""
     said = []
     for row in rows:
         head = _head(row).replace("\n", " ")
@@ -71,8 +71,6 @@ def evidence(rows: Sequence[Audited]) -> list[str]:
         said += [f"{head}: {SAID[one.question]}: {one.answer}. {one.evidence}" for one in other]
         if row.subject.replaced:
             said.append(f"{head}: set by the audit: {', '.join(row.subject.replaced)}")
-        if row.not_carried:
-            said.append(f"{head}: keys its trainer has no use for: {', '.join(row.not_carried)}")
     return said
 
 

@@ -56,10 +56,10 @@ _OWN = (
     "chat_template_path", "report_to", "logging_dir", "save_total_limit", "activation_offloading",
     "torch_compile", "cache_dir", "tokenized_path", "use_flash_attn", "base_model", "base_model_config",
     "model_type", "tokenizer_type", "tokenizer_config", "chat_template", "special_tokens", "tokens", "adapter",
-    "lora_model_dir", "lora_target_linear", "load_in_8bit", "dataset_prepared_path", "dataset_processes",
+    "lora_model_dir", "lora_target_linear", "dataset_prepared_path", "dataset_processes",
     "test_datasets", "wandb_project", "wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "plugins",
     "flash_attention", "sdp_attention", "eager_attention", "xformers_attention", "flex_attention",
-    "sage_attention", "deepspeed", "evals_per_epoch", "saves_per_epoch", "loss_watchdog_threshold",
+    "sage_attention", "evals_per_epoch", "saves_per_epoch", "loss_watchdog_threshold",
 )  # fmt: skip
 
 
@@ -127,14 +127,13 @@ def _run(subject: Subject, name: str, batch: int, accumulation: int, **more: Any
 
 
 def _arguments(trainer: Trainer, batch: int, accumulation: int) -> dict[str, Any]:
-    """What every run sets: batch, length, one epoch, a rate that moves nothing, a checkpoint every second step."""
+    """What every run sets: batch, length, one epoch, a rate that moves nothing, checkpoints to resume from."""
     if trainer == "packcli":
         step: dict[str, Any] = {
             "epochs": 1,
             "lr": LR,
             "global_batch": 4,
             "micro_batch": batch,
-            "weight_decay": 0.0,
         }
         return {**step, "weight_decay": 0.0, "clip": None, "threads": 1, "max_length": MAX_LENGTH}
     if trainer == "axolotl":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packcli.errors import ConfigError
+from packcli.files import make_directory
 from packcli.log import plain
 from packcli.plan import Plan
 from packcli.report import gather, pictures, words
@@ -106,17 +107,15 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
         ConfigError: `directory` is a file, or cannot be made or written.
     """
     written = []
+    make_directory(directory, "figures")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 written.append(directory / f"{name}.{suffix}")
                 figure.savefig(written[-1], metadata=metadata)
     except OSError as error:
-        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
-        raise ConfigError(
-            f"figures cannot be written to `{directory}`: {why}", "name a directory that can be written"
-        ) from error
+        cause = f"figures cannot be written to `{directory}`: {error.strerror or error}"
+        raise ConfigError(cause, "name a directory that can be written") from error
     return written
 
 

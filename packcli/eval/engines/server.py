@@ -31,7 +31,7 @@ from packcli.eval.engines import bounded
 from packcli.eval.engines.responses import Answer, Request, texts
 from packcli.eval.engines.split import encode_pair
 from packcli.eval.judge.replies import without
-from packcli.eval.judge.spec import Server, server
+from packcli.eval.judge.spec import Server, key_or_none, server
 
 _SHOWN = 300
 
@@ -52,8 +52,10 @@ def load(checkpoint: Path | str, *, chat_template: bool, batch_size: int | None,
     where = server(base_url)
     source, tokenizer, stops = read_tokenizer(checkpoint, chat_template=chat_template)
     # A server of one's own wants no key; the client wants one.
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    http = openai.DefaultHttpxClient(event_hooks={"response": [bounded.hook]}, timeout=TIMEOUT_S)
+    key = key_or_none() or "none"
+    http = openai.DefaultHttpxClient(
+        headers=bounded.HEADERS, event_hooks={"response": [bounded.hook]}, timeout=TIMEOUT_S
+    )
     client = openai.OpenAI(
         base_url=where.url, api_key=key, timeout=TIMEOUT_S, max_retries=RETRIES, http_client=http
     )
@@ -154,24 +156,27 @@ class Served(TemplateLM):  # type: ignore[misc]
         )
         text = said.choices[0].text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
         kept = postprocess_generated_text(text, until, None)
-        cut = said.choices[0].finish_reason == "length" and kept == text
-        return Answer(kept, said.usage.completion_tokens if said.usage else None, "length" if cut else "stop")
+        cut = getattr(said.choices[0], "finish_reason", None) == "length" and kept == text
+        count = getattr(said.usage, "completion_tokens", None)
+        return Answer(kept, count if isinstance(count, int) else None, "length" if cut else "stop")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                return list(pool.map(lambda request: self._compare(request[1], request[2]), requests))
+                return list(pool.map(lambda request: self._compare(*request), requests))
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _compare(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    def _compare(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> tuple[float, bool]:
         # One token has to be written, and takes its place.
-        tokens = (context + continuation)[-(self.max_length - 1) :]
+        most = self.max_length - 1
+        tokens = (context + continuation)[-most:]
+        if len(context) + len(continuation) > most:
+            self.truncated.add(texts)
         said = self._complete(prompt=tokens, max_tokens=1, temperature=0, logprobs=1, echo=True)
-        found = said.choices[0].logprobs
-        if found is None or found.top_logprobs is None or len(found.token_logprobs or []) < len(tokens):
+        if not _are_logprobs(getattr(said.choices[0], "logprobs", None), len(tokens) + 1):
             raise self._no_logprobs()
         start = len(tokens) - len(continuation)
         parsed = LocalCompletionsAPI.parse_logprobs(
@@ -240,9 +245,19 @@ class Served(TemplateLM):  # type: ignore[misc]
 
     def _no_logprobs(self) -> MissingError:
         return MissingError(
-            f"the server at {self._host} gives no log probabilities of a prompt (`echo` with `logprobs`)",
+            f"the server at {self._host} does not give the log probability of each token of a prompt (`echo` with "
+            "`logprobs`)",
             "score this task with `--engine hf`, or on a server that has them, such as `vllm serve`",
         )
+
+
+def _are_logprobs(found: Any, count: int) -> bool:
+    """One number a token, of all but the first, which nothing predicts. Of one more or less others would count."""
+    chosen, best = getattr(found, "token_logprobs", None), getattr(found, "top_logprobs", None)
+    if not isinstance(chosen, list) or not isinstance(best, list) or not len(chosen) == len(best) == count:
+        return False
+    numbers = all(isinstance(number, int | float) for number in chosen[1:])
+    return numbers and all(isinstance(likeliest, dict) and likeliest for likeliest in best[1:])
 
 
 def _max_length(source: str, tokenizer: Any) -> int:

@@ -225,7 +225,9 @@ def _client(server: Server, secret: str, spec: JudgeSpec) -> AsyncOpenAI:
         from packcli.eval.engines import bounded
     except ImportError:
         raise MissingError("judging needs the package `openai`", "pip install 'packcli[judge]'") from None
-    http = DefaultAsyncHttpxClient(event_hooks={"response": [bounded.async_hook]}, timeout=spec.timeout_s)
+    http = DefaultAsyncHttpxClient(
+        headers=bounded.HEADERS, event_hooks={"response": [bounded.async_hook]}, timeout=spec.timeout_s
+    )
     return AsyncOpenAI(
         api_key=secret,
         base_url=server.url,

@@ -159,21 +159,29 @@ def messages(request: Request) -> list[dict[str, str]]:
 
 
 def api_key(environment: Mapping[str, str] = os.environ) -> str:
-    """The key.
+    """The key, as `key_or_none`.
 
     Raises:
         MissingError: there is none.
-        ConfigError: it cannot be one. It is not shown.
     """
-    key = environment.get("OPENAI_API_KEY", "").strip()
-    if not key:
+    if not (key := key_or_none(environment)):
         raise MissingError(
             "the judge needs a key, and OPENAI_API_KEY is not set",
             "export OPENAI_API_KEY=...; a server of your own that wants none still takes one, such as `none`",
         )
+    return key
+
+
+def key_or_none(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key; None: there is none.
+
+    Raises:
+        ConfigError: it cannot be one. It is not shown.
+    """
+    key = environment.get("OPENAI_API_KEY", "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigError("OPENAI_API_KEY holds characters that no key has", "set it again, without line breaks")
-    return key
+    return key or None
 
 
 def price_of(spec: JudgeSpec) -> Price | None:
