@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -25,6 +25,8 @@ from packcli.errors import ConfigError, IntegrityError, LockedError, MissingErro
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
 _LOOKS, _LOOK_S, _PATIENCE_S = 10, 0.02, 10.0
+_ABANDONED_S = 600.0
+"""After it nobody writes any more to an unfinished file of another machine, whose processes cannot be seen."""
 _SEAL = re.compile(rb'\{"([^"]{8})":"([^"]{16})",')  # also with a damaged key: nothing unsealed begins so
 
 
@@ -64,7 +66,7 @@ def fsync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BufferedWriter]:
     """A binary file that appears under its name whole or not at all (temporary file, fsync, rename)."""
-    temporary = _unfinished(path)
+    temporary = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -109,17 +111,34 @@ def disk_full(error: OSError, path: Path) -> Exception:
     return MissingError(f"{path}: the disk is full ({free:,} bytes free)", fix)
 
 
-def _unfinished(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
     """What `path` is called until it is whole: it says who writes it, should that be killed."""
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
-def clear_unfinished(directory: Path) -> None:
-    """Delete the files in `directory` that writers of this machine left unfinished because they were killed."""
-    for left in directory.glob(f".*.tmp-{platform.node()}-*"):
-        writer = left.name.rsplit("-", 2)[1]
-        if writer.isdigit() and not is_alive(int(writer)):
-            left.unlink(missing_ok=True)
+def clear_unfinished(directory: Path, below: str = "") -> None:
+    """Delete what writers that were killed left unfinished, in `directory` or (`below`: `**/`) anywhere in it."""
+    for left in list(directory.glob(f"{below}.*.tmp-*")):
+        if _is_abandoned(left):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this has, or lies in something that has, no name of its own yet, or no longer."""
+    return any(part.startswith(".") and ".tmp-" in part for part in path.parts)
+
+
+def _is_abandoned(left: Path) -> bool:
+    host, _, writer = left.name.rpartition(".tmp-")[2].rpartition("-")[0].rpartition("-")
+    if host == platform.node() and writer.isdigit():
+        return not is_alive(int(writer))
+    try:
+        return time.time() - left.lstat().st_mtime > _ABANDONED_S
+    except FileNotFoundError:
+        return False
 
 
 def is_alive(process: int) -> bool:
@@ -135,8 +154,8 @@ def is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A directory that appears under its name whole or not at all. An older one is replaced, or stays."""
-    temporary = _unfinished(path)
+    """A directory that appears under its name whole or not at all. An older one goes just before, or stays."""
+    temporary = unfinished(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -162,7 +181,7 @@ def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 def remove_directory(path: Path) -> None:
     """Delete a directory that is gone under its name at once: killed half way, this leaves no half of it there."""
-    doomed = _unfinished(path)
+    doomed = unfinished(path)
     try:
         path.rename(doomed)
     except FileNotFoundError:
@@ -241,10 +260,9 @@ def read_bytes(path: Path | str) -> bytes:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.read(file, _SMALL_BYTES)
-        if len(found) < _SMALL_BYTES:
-            return found
-        with open(file, "rb", closefd=False) as rest:
-            return found + rest.read()
+        while more := os.read(file, _SMALL_BYTES):  # some file systems give less than is asked for
+            found += more
+        return found
     finally:
         os.close(file)
 
@@ -310,23 +328,75 @@ def _flock(descriptor: int, how: int) -> bool:
 
 @contextlib.contextmanager
 def locked(directory: Path, what: str) -> Iterator[None]:
-    """Hold `directory` for one writer. The kernel frees the lock when the holder dies.
+    """Hold `directory` for one writer.
 
     Raises:
         LockedError: another process holds it; the message names its process id, its host, and since when.
+        ConfigError, MissingError: as `held`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+b") as file:
-        if not _take(file.fileno()):
-            file.seek(0)
-            holder = file.read().decode(errors="replace").strip() or "unknown"
-            raise LockedError(
-                f"{what} is being written by process {holder}",
-                "wait for it, or stop it and run the same command again",
-            ) from None
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        file.write(f"{os.getpid()} on {platform.node()} since {since}\n".encode())
-        file.flush()
+    with held(directory / ".lock", what):
         passing(directory / ".lock", "after")
         yield
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file. The kernel frees it when the holder dies.
+
+    Raises:
+        LockedError: as `locked`.
+        ConfigError: nobody may write there, or the file system has no locks.
+        MissingError: the disk is full.
+    """
+    try:
+        file = _lock(path, what)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise ConfigError(
+                f"{path.parent}: its file system has no locks ({os.strerror(error.errno)})",
+                "choose another run directory with --runs; `packcli doctor --runs DIR` tries one",
+            ) from None
+        raise disk_full(error, path) from None
+    with file:
+        yield
+
+
+def _lock(path: Path, what: str) -> BinaryIO:
+    """A lock file, locked, and signed by its holder."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(path.open("a+b"))
+            if not _take(file.fileno()):
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "unknown"
+                raise LockedError(
+                    f"{what} is being written by process {holder}",
+                    "wait for it, or stop it and run the same command again",
+                ) from None
+            if not _has_name(file, path):
+                continue  # deleted since it was opened: whoever comes next would lock another
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            file.write(f"{os.getpid()} on {platform.node()} since {since}\n".encode())
+            file.flush()
+            opened.pop_all()
+            return file
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock. Shared, so that two who ask do not take each other for the holder."""
+    try:
+        with path.open("rb") as file:
+            return not _flock(file.fileno(), fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise disk_full(error, path) from None

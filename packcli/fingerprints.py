@@ -8,7 +8,7 @@ from typing import Any
 
 from packcli.config import EvalSpec, ProbeSpec, SourceSpec, SweepSpec
 from packcli.data import render, sources
-from packcli.errors import ConfigError, IntegrityError
+from packcli.errors import ConfigError, IntegrityError, PackcliError
 from packcli.eval import protocol
 from packcli.eval.engines import engine
 from packcli.eval.judge import tasks as judged
@@ -84,7 +84,7 @@ def _probing(spec: ProbeSpec, hashes: FileHashes) -> str:
 
 
 class FileHashes:
-    """sha256 of files, remembered by size, modification time and inode."""
+    """sha256 of files, remembered by size, times of modification and change, and inode."""
 
     def __init__(self, store: Store) -> None:
         self._path = store.fingerprints_file()
@@ -97,7 +97,8 @@ class FileHashes:
 
     def sha256(self, file: Path) -> str:
         stat = file.stat()
-        name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        # `rsync --inplace -t` and `cp -p` set the time of modification back, and no program that of change.
+        name, key = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = self._known.get(name)
         if not isinstance(entry, dict) or entry.get("key") != key or not isinstance(entry.get("sha256"), str):
             entry = self._known[name] = {"key": key, "sha256": sha256_file(file)}
@@ -106,7 +107,7 @@ class FileHashes:
 
     def save(self) -> None:
         if self._changed:
-            # Only a cache: a finished run directory that cannot be written is still read.
-            with contextlib.suppress(ConfigError):
+            # Only a cache: a finished run directory that cannot be written, or a full one, is still read.
+            with contextlib.suppress(OSError, PackcliError):
                 clear_unfinished(self._path.parent)
                 write_sealed(self._path, self._known)

@@ -170,7 +170,8 @@ class Plan(Spec):
             case "train":
                 order = self.trains[id_]
                 base: tuple[tuple[Kind, str], ...] = (("train", order.base),) if order.base else ()
-                return (("index", order.index), *base)
+                # An index may be there still when its token store was deleted.
+                return (("tokens", order.tokens), ("index", order.index), *base)
             case "eval":
                 return (("train", self.evals[id_].train),)
 

@@ -124,6 +124,8 @@ def prepare_tokens(order: TokensOrder, store: Store, note: Note = silent) -> Man
     from packcli.data import tokenize
 
     with store.writing("tokens", order.id):
+        if manifest := store.manifest("tokens", order.id):
+            return manifest
         counts = tokenize.build(order, store, note)
         _check_unchanged(order, store)
         spec = order.model_dump(mode="json", exclude={"processes", "max_errors"})
@@ -169,6 +171,8 @@ def prepare_index(order: IndexOrder, store: Store, note: Note = silent) -> Manif
     counts = source.results["conversations"], source.results["rejected"]
     marks = framed.marks(order.layout.boundary, lambda: stored(store.tokenizer(order.tokens)))
     with store.writing("index", order.id):
+        if manifest := store.manifest("index", order.id):
+            return manifest
         documents = open_tokens(store, source)
         groups = alike.groups(order, documents, source.results["vocab_size"], note)
         built, held_out, ledger = index.build(order, documents, *counts, marks, groups)
@@ -281,9 +285,8 @@ def evaluate(
     """
     todo = []
     for order in orders:
-        manifest = store.manifest("eval", order.id)
-        if manifest is not None and shortfall(order, manifest) is None:
-            yield order, manifest
+        if (made := _scored_before(order, store)) is not None:
+            yield order, made
         else:
             todo.append(order)
     if not todo:
@@ -299,22 +302,30 @@ def evaluate(
         note(number, len(todo), order.task)
         try:
             with store.writing("eval", order.id):
-                scorer.require(order.task)
-                outcome: Manifest | PackcliError = _scored(order, store, subject, str(checkpoint))
+                outcome: Manifest | PackcliError | None = _scored_before(order, store)
+                if outcome is None:
+                    scorer.require(order.task)
+                    outcome = _scored(order, store, subject, str(checkpoint))
         except PackcliError as error:
             outcome = error
         yield order, outcome  # after the lock: who listens may take long, or stop listening
 
 
+def _scored_before(order: EvalOrder, store: Store) -> Manifest | None:
+    """Whole, that is."""
+    manifest = store.manifest("eval", order.id)
+    return None if manifest is None or shortfall(order, manifest) is not None else manifest
+
+
 def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: str) -> Manifest:
-    kept = store.responses(order.id)
+    kept, in_part = store.responses(order.id), store.manifest_file("eval", order.id)
     outcome: Outcome = subject.score(order.task, kept=(kept, order.id), replies=store.replies)
+    if in_part.exists():
+        in_part.unlink()  # it would vouch for other bytes than those to come
+        passing(in_part, "gone")
     write_jsonl(store.samples(order.id), outcome.samples)
     write_json(store.items(order.id), outcome.items)
     write_json(store.results(order.id), outcome.report | {"packcli": outcome.record})
-    if outcome.record.get("left_out") is None:
-        kept.unlink(missing_ok=True)  # last: until here a killed run would ask for all of it again
-        passing(kept, "gone")
     return store.commit(
         "eval",
         order.id,
@@ -322,6 +333,7 @@ def _scored(order: EvalOrder, store: Store, subject: OnCheckpoint, checkpoint: s
         inputs={"train": order.train},
         results=outcome.record,
         provenance={"checkpoint": checkpoint},
+        spent=kept if outcome.record.get("left_out") is None else None,
     )
 
 

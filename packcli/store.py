@@ -16,7 +16,6 @@ A manifest, and any other JSON that packcli reads back, begins with a checksum o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -30,11 +29,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packcli import __version__
+from packcli.commit_points import passing
 from packcli.config import Spec
 from packcli.errors import ConfigError, IntegrityError, PackcliError, PeerError, PreemptedError, RunError, of_kind
 from packcli.files import (
     clear_unfinished,
     digest,
+    is_locked,
+    is_unfinished,
     locked,
     read_bytes,
     read_json,
@@ -161,12 +163,15 @@ class Store:
         return self.sweep(name) / f"report.{suffix}"
 
     def process(self, name: str, number: int) -> Path:
-        """Held by a process that does the sweep."""
-        return self.sweep(name) / f"process-{number}.lock"
+        """Held by a process of this machine that does the sweep."""
+        return self.sweep(name) / f"process-{platform.node()}-{number}.lock"
 
     def processes(self, name: str) -> list[tuple[Path, int]]:
-        found = self.sweep(name).glob("process-*.lock")
-        return [(path, int(path.stem.partition("-")[2])) for path in found]
+        """Of this machine: another's numbers are of other processes here."""
+        found = [(path, path.stem.rpartition("-")[2]) for path in self.sweep(name).glob("process-*.lock")]
+        return [
+            (path, int(text)) for path, text in found if text.isdigit() and path == self.process(name, int(text))
+        ]
 
     def fingerprints_file(self) -> Path:
         return self.root / "store" / "fingerprints.json"
@@ -304,7 +309,9 @@ class Store:
             manifest = Manifest.model_validate(read_sealed(path))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise _unreadable(error, path) from None
+        except ValueError as error:
             raise IntegrityError(f"{path}: not a manifest", self.again(kind, id_)) from error
         if (manifest.stage, manifest.id) != (kind, id_):
             belongs = f"{path}: belongs to {manifest.stage} {manifest.id}"
@@ -326,9 +333,10 @@ class Store:
         path = self._place(kind, id_, name)
         try:
             found = read_bytes(path)
+        except FileNotFoundError:
+            raise IntegrityError(f"{path}: missing", self.again(kind, id_)) from None
         except OSError as error:
-            cause = f"{path}: {error.strerror or 'cannot be read'}"
-            raise IntegrityError(cause, self.again(kind, id_)) from None
+            raise _unreadable(error, path) from None
         if hashlib.sha256(found).hexdigest() != record.sha256:
             raise IntegrityError(f"{path}: its bytes changed (sha256 differs)", self.again(kind, id_))
         return found
@@ -343,12 +351,14 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, kind: Kind, id_: str) -> Iterator[Path]:
-        """The directory of a stage, held by this process; an error leaves `failure.json`, a kill nothing."""
+        """The directory of a stage, held by this process; an error leaves `failure.json`, a kill anything.
+
+        Another process may have made the stage before this one got hold of it: look for its manifest first.
+        """
         directory = self.directory(kind, id_)
         with locked(directory, f"{kind} {id_}"):
             self.failure_file(kind, id_).unlink(missing_ok=True)
-            for unfinished in list(directory.rglob(".*.tmp-*")):  # of a writer that was killed
-                self.remove(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+            clear_unfinished(directory, "**/")
             try:
                 yield directory
             except PreemptedError:
@@ -393,8 +403,12 @@ class Store:
         inputs: Mapping[str, str],
         results: Mapping[str, Any],
         provenance: Mapping[str, Any],
+        spent: Path | None = None,
     ) -> Manifest:
-        """Write the manifest over every file of the stage directory: from here on the stage is done."""
+        """Write the manifest over every file of the stage directory: from here on the stage is done.
+
+        `spent`: a file of no use from here on, and of much before, should this be killed: deleted last of all.
+        """
         directory = self.directory(kind, id_)
         manifest = Manifest(
             stage=kind,
@@ -402,10 +416,13 @@ class Store:
             version=VERSIONS[kind],
             spec=dict(spec),
             inputs=dict(inputs),
-            outputs=records(directory),
+            outputs=records(directory, leave_out=spent),
             results=dict(results),
             provenance={**machine(), **provenance},
         )
+        if spent is not None and spent.exists():
+            spent.unlink()
+            passing(spent, "gone")
         write_sealed(self.manifest_file(kind, id_), manifest.model_dump())
         return manifest
 
@@ -424,7 +441,8 @@ class Store:
         remove_directory(directory)
 
     def write_plan(self, plan: Plan) -> None:
-        clear_unfinished(self.sweep(plan.name))
+        for directory in (self.sweep(plan.name), *(self.directory(kind, "") for kind in VERSIONS)):
+            clear_unfinished(directory)
         write_sealed(self.plan_file(plan.name), plan.model_dump())
 
 
@@ -441,13 +459,13 @@ def _check_results(manifest: Manifest) -> None:
                 raise TypeError
 
 
-def records(directory: Path) -> dict[str, FileRecord]:
+def records(directory: Path, leave_out: Path | None = None) -> dict[str, FileRecord]:
     """sha256 and size of every file below `directory`, logs, locks and unfinished files left out."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        unfinished = path.name == ".lock" or ".tmp-" in name
-        if path.is_file() and not unfinished and name.partition("/")[0] not in LOGS and name != MANIFEST:
+        below = path.relative_to(directory)
+        name, beside = below.as_posix(), path.name == ".lock" or path == leave_out or is_unfinished(below)
+        if path.is_file() and not beside and name.partition("/")[0] not in LOGS and name != MANIFEST:
             found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
     return found
 
@@ -467,7 +485,8 @@ def verify(directory: Path) -> int:
         return _verify_listed(directory / EXPORT, "files", directory)
     home = next((path for path in (directory, *directory.absolute().parents) if (path / MANIFEST).exists()), None)
     if home is None:
-        stages = sorted(path.parent for path in directory.rglob(MANIFEST))
+        found = (path.parent for path in directory.rglob(MANIFEST))
+        stages = sorted(path for path in found if not is_unfinished(path.relative_to(directory)))
         if not stages:
             hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
             raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint)
@@ -497,9 +516,17 @@ def listed(path: Path, key: str) -> dict[str, FileRecord]:
         found = {name: FileRecord.model_validate(item) for name, item in read_sealed(path)[key].items()}
         if outside := next((name for name in found if name.startswith("/") or ".." in name.split("/")), None):
             raise ValueError(outside)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except OSError as error:
+        raise _unreadable(error, path) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(f"{path}: not a manifest", f"delete {path.parent} and run again") from None
     return found
+
+
+def _unreadable(error: OSError, path: Path | str) -> IntegrityError:
+    """What may be whole: a server of files that is away says so, too."""
+    fix = "see that the disk, or the server behind it, is well, and run the same command again; delete nothing"
+    return IntegrityError(f"{path}: cannot be read: {error.strerror or error}", fix)
 
 
 def check_listed(directory: Path, outputs: Mapping[str, FileRecord], *, checksums: bool) -> None:
@@ -530,18 +557,6 @@ def _varies(key: str) -> bool:
         or key.endswith(("_s", "_per_s"))
         or key.startswith("peak_")
     )
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds this lock. Shared, so that two who ask do not take each other for the holder."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def machine() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from packcli.audit.questions import Finding
 from packcli.audit.trainers import Subject, Trainer
 from packcli.errors import ConfigError, MissingError, RunError
 from packcli.files import atomic_write
-from packcli.log import logger
+from packcli.log import is_secret, logger
 
 LIMIT_S = 900.0
 """Of one process; a subject takes some 20 to 60 s on one core."""
@@ -37,6 +37,8 @@ _NEEDS = {
     "ranks": ("ranks",),
     "ranks_once": ("ranks",),
 }
+_OTHERS = re.compile("WANDB|^HF_")
+"""Variables of trackers and of the hub, which an audit does without."""
 _REQUIREMENTS = Path(__file__).parent / "environments"
 
 
@@ -181,7 +183,7 @@ def _environment(trainer: Trainer, work: Path) -> dict[str, str]:
     A trainer's temporary files go where they are deleted with all the rest. Packages beside packcli are on the
     path for its own row alone: another trainer would run with them in place of its own.
     """
-    kept = {key: value for key, value in os.environ.items() if not re.search(r"TOKEN|SECRET|KEY|WANDB|^HF_", key)}
+    kept = {key: value for key, value in os.environ.items() if not (is_secret(key) or _OTHERS.search(key))}
     here = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",

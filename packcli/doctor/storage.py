@@ -15,6 +15,7 @@ from typing import Any
 from packcli.doctor import elsewhere
 from packcli.doctor.checks import Check, Finding
 from packcli.doctor.machine import shown, size
+from packcli.errors import PackcliError
 from packcli.files import atomic_write, locked
 
 _LIMIT_S = 15.0
@@ -121,10 +122,8 @@ def _locks(directory: Path) -> Finding:
     try:
         with locked(directory, "the doctor's lock"):
             second = _second(directory / ".lock")
-    except OSError as error:
-        return Finding(
-            "locks", "failed", f"no lock can be taken: {error.strerror}", "no stage can be made there", fix
-        )
+    except PackcliError as error:
+        return Finding("locks", "failed", error.cause, "no stage can be made there", fix)
     if second != "refused":
         bad = "two packcli could write one stage at once, and spoil it"
         return Finding("locks", "failed", f"a second process gets a lock that another holds: {second}", bad, fix)

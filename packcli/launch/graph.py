@@ -207,13 +207,8 @@ class _Graph:
     def _is_missing(self, stage: Stage) -> bool:
         return stage not in self._known.done and stage not in self._known.live and stage not in self._known.blocked
 
-    def _inputs(self, stage: Stage) -> tuple[Stage, ...]:
-        """A training reads tokens too, and an index may be there still when its token store was deleted."""
-        inputs = self._plan.inputs(*stage)
-        return (*inputs, ("tokens", self._plan.trains[stage[1]].tokens)) if stage[0] == "train" else inputs
-
     def _can(self, stage: Stage) -> bool:
-        return not any(upstream in self._lost for upstream in self._inputs(stage))
+        return not any(upstream in self._lost for upstream in self._plan.inputs(*stage))
 
     def _lose(self, stages: Sequence[Stage]) -> None:
         self._lost.update(stage for stage in stages if self._is_missing(stage))
@@ -221,7 +216,7 @@ class _Graph:
     def _needs(self, stage: Stage) -> tuple[Need, ...]:
         """What must have ended well before `stage` can start."""
         needs: dict[Need, None] = {}
-        for upstream in self._inputs(stage):
+        for upstream in self._plan.inputs(*stage):
             if (job := self._known.live.get(upstream)) is not None:
                 there, _, index = job.partition("_")
                 needs[Need(kind="afterok", job=there, element=int(index))] = None

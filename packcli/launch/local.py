@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import selectors
 import signal
@@ -21,12 +20,12 @@ from packcli import costs, log, stages
 from packcli.commit_points import passing
 from packcli.config import EstimateSpec
 from packcli.errors import PreemptedError
-from packcli.files import is_alive
+from packcli.files import held, is_alive, is_locked
 from packcli.launch import graph, ranks
 from packcli.launch.ranks import Group
 from packcli.plan import Kind, Plan, closure
 from packcli.processes import GRACE_S, Stop
-from packcli.store import Store, is_locked
+from packcli.store import Store
 
 Stage = tuple[Kind, str]
 _QUIET_LINE_S = 30.0
@@ -162,18 +161,20 @@ def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
 def _announced(store: Store, sweep: str) -> Iterator[None]:
     """A file, locked while this process does the sweep, by which `cancel` finds it."""
     for left, number in store.processes(sweep):  # of coordinators that were killed
-        # One that lives may be about to lock its own.
-        if not is_alive(number) and not is_locked(left):
-            left.unlink(missing_ok=True)
+        _clear(left, number)
     path = store.process(sweep, os.getpid())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with held(path, f"sweep {sweep}"):
         passing(path.with_name("process"), "after")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _clear(left: Path, number: int) -> None:
+    """Of a process that was killed; one that lives may be about to lock its own."""
+    if not is_alive(number) and not is_locked(left):
+        left.unlink(missing_ok=True)
 
 
 def cancel(sweep: str, store: Store) -> list[int]:
@@ -185,7 +186,7 @@ def cancel(sweep: str, store: Store) -> list[int]:
                 os.kill(number, signal.SIGTERM)
                 asked.append(number)
         else:
-            path.unlink(missing_ok=True)
+            _clear(path, number)
     return asked
 
 

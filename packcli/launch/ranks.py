@@ -43,6 +43,7 @@ Note = Callable[[int, int, str], None]
 _LAST_WORDS_S = 5.0  # from the first rank's failure until the others, which may wait for it in vain, are killed
 _LEAVE_S = 30.0
 _TICK_S = 0.2
+_ASK_S = 300.0
 _EFFECTS = ("bug", "peer", "preempted")  # kinds of errors that another rank's end may have caused
 _GPU_DRIVERS = ("nvidia[0-9]*", "kfd", "dxg")
 
@@ -92,11 +93,19 @@ def has_gpu_driver() -> bool:
 
 
 def gpus() -> int:
-    """How many GPUs torch would use. Its import takes seconds, so it is not asked where there is no driver."""
+    """How many GPUs torch would use. Its import takes seconds, so it is not asked where there is no driver.
+
+    Raises:
+        MissingError: a driver hangs.
+    """
     if not has_gpu_driver():
         return 0
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ASK_S)
+    except subprocess.TimeoutExpired:
+        cause = f"torch does not say in {_ASK_S:g} s how many GPUs there are"
+        raise MissingError(cause, "`packcli doctor` looks at GPU and driver") from None
     return int(asked.stdout.split()[-1]) if asked.returncode == 0 else 0
 
 

@@ -21,7 +21,6 @@ import re
 import shutil
 import stat
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
@@ -29,7 +28,7 @@ from typing import IO, Any
 
 from packcli.commit_points import passing
 from packcli.errors import ConfigError, IntegrityError
-from packcli.files import sha256_file, write_sealed
+from packcli.files import clear_unfinished, sha256_file, unfinished, write_sealed
 from packcli.log import logger
 from packcli.plan import Kind, TrainOrder
 from packcli.processes import cores
@@ -179,8 +178,8 @@ def _complete(store: Store, copies: Store, wanted: Manifest, note: Note) -> str 
     kind, id_ = wanted.stage, wanted.id
     source, copy = store.directory(kind, id_), copies.directory(kind, id_)
     _own(copy)
-    for unfinished in copy.rglob(".*.tmp-*"):  # of a process that was killed
-        unfinished.unlink()
+    for left in copy.rglob(".*.tmp-*"):  # of a process that was killed, as this one holds the lock
+        left.unlink()
     checks = {name: (_is_whole, copy / name, record) for name, record in wanted.outputs.items()}
     whole = _side_by_side(checks, note, f"checks the copy of {kind} {id_}")
     missing = {name: record for name, record in wanted.outputs.items() if not whole[name]}
@@ -216,7 +215,7 @@ def _copy(source: Path, copy: Path, name: str, record: FileRecord) -> None:
     """Copy one file; it gets its name once its bytes, as they can be read back, are those of the manifest."""
     target = copy / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = unfinished(target)
     try:
         for _ in range(_TRIES):
             shutil.copyfile(source / name, temporary)
@@ -233,7 +232,10 @@ def _copy(source: Path, copy: Path, name: str, record: FileRecord) -> None:
 
 def _make_room(copies: Store, needed: int) -> int:
     """Bytes free, once as many unused copies are gone as it takes to have `needed`."""
-    found = [path for kind in _KINDS for path in copies.directory(kind, "").glob("*.users")]
+    directories = [copies.directory(kind, "") for kind in _KINDS]
+    for directory in directories:
+        clear_unfinished(directory)  # copies of which a deleter was killed
+    found = [path for directory in directories for path in directory.glob("*.users")]
     for users in sorted(found, key=lambda path: path.stat().st_mtime):
         if copies.free_bytes() >= needed:
             break

@@ -123,10 +123,13 @@ class Replies:
         self.by_key: defaultdict[str, list[Reply]] = defaultdict(list)
         self._path = path
         self._offset = self._num_lines = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            self._catch_up(file)
-        fsync_directory(path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b") as file:
+                self._catch_up(file)
+            fsync_directory(path.parent)
+        except OSError as error:
+            raise disk_full(error, self._path) from None
 
     def append(self, reply: Reply) -> None:
         """Write one line, on disk for sure after `sync`; takes in what others wrote before it.
