@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("packcli")
 
 _SECRET = re.compile(
-    r"(?!.*(PATH|FILE|DIR)$).*(SECRET|PASSW|PASSPHRASE|TOKEN|CREDENTIAL|API_?KEY|ACCESS_?KEY|_KEY$)"
+    r"(?!.*(PATH|FILE|DIR)$).*(SECRET|PASSW|PASSPHRASE|TOKEN|CREDENTIAL|API_?KEY|ACCESS_?KEY|KEY$|WEBHOOK)"
+)
+# Tokens of a text, which are no secret: `eos_token`, `max_new_tokens`, `include_tokens_per_second`.
+_OF_TEXT = re.compile(
+    r"TOKENIZ|(?<![A-Z])((BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK)_TOKEN|(SPECIAL|ADD|ADDED|NEW|NUM|INPUT|MAX)_TOKENS)"
+    r"|^TOKENS$|TOKENS_(PER|ACROSS)"
 )
 # DEL, control characters beyond ASCII, marks of direction.
 _OBEYED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -42,11 +47,16 @@ def setup(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def is_secret(name: str) -> bool:
+    """Whether what stands under a name, of a variable or of a key of a file, may be a password or a token."""
+    return bool(_SECRET.match(_OF_TEXT.sub("", name.upper())))
+
+
 def masked(text: str) -> str:
     """`text` without what the environment holds under a name like HF_TOKEN or MY_PASSWORD, and without the names
     and passwords of addresses. For words of others that we repeat: a server's answer, an exception."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and value in text and _SECRET.match(name.upper()):
+        if len(value) >= _SHORTEST and value in text and is_secret(name):
             text = text.replace(value, "[masked]")
     return _USERINFO.sub("[masked]@", text)
 

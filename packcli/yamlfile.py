@@ -26,7 +26,9 @@ MAX_DEPTH = 64
 """Levels of keys; JSON, by which ids are made, has an end too."""
 _MAX_SHOWN = 50
 _MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
-_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+"""Text that is a number here, and none to PyYAML: `1e5`."""
+_MERGE = "tag:yaml.org,2002:merge"
 _KINDS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
@@ -63,7 +65,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, like) for tag, like in known if not tag.endswith(":timestamp")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def read(path: Path, what: str, fix: str) -> str:
@@ -135,12 +137,34 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: Lines, where: str) -> N
                 )
             lines[inner] = line
             _walk(value, inner, lines, where)
+        for each in _merged(node):
+            _merge(each, path, lines, where)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*path, str(index))] = value.start_mark.line + 1
             _walk(value, (*path, str(index)), lines, where)
     elif isinstance(node, yaml.ScalarNode):
         lines.texts[path] = _text(node, where)
+
+
+def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
+    """The mappings that `<<: *name` brings into one, those first that go before others."""
+    found = list[yaml.Node]()
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            found += value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return [each for each in found if isinstance(each, yaml.MappingNode)]
+
+
+def _merge(node: yaml.MappingNode, path: KeyPath, lines: Lines, where: str) -> None:
+    """Lines of what `<<` brings in. All of it was walked before, under `<<` itself, so its size has an end."""
+    for key, value in node.value:
+        inner = (*path, _text(key, where))
+        if key.tag != _MERGE and inner not in lines:  # a key of the mapping's own goes before a merged one
+            lines[inner] = key.start_mark.line + 1
+            _walk(value, inner, lines, where)
+    for each in _merged(node):
+        _merge(each, path, lines, where)
 
 
 def _text(node: yaml.ScalarNode, where: str) -> str:

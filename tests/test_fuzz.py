@@ -231,7 +231,7 @@ def test_no_value_of_a_trainers_file_ends_in_a_traceback(place: Path, document: 
 def assert_all_told(imported: convert.Imported, document: dict[str, Any]) -> None:
     told = [entry.key for entry in imported.entries]
     assert len(told) == len(set(told))
-    for key in document:
+    for key in document.keys() - {"<<"}:  # what it brings in is told, not the key itself
         assert any(str(key) == one or one.startswith(f"{key}.") for one in told), key
 
 

@@ -199,16 +199,70 @@ def test_numbers_mean_what_transformers_takes_them_for(
     assert ("warmup_ratio" in expected) or "warmup_ratio" not in train
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("warmup_steps: 0", {"warmup_steps": 0}),
+        ("warmup_steps: 0\nwarmup_ratio: 0.2", {"warmup_steps": 0}),
+        ("micro_batch_size: 2\nbatch_size: 64", {"global_batch": 2, "warmup_ratio": 0.03}),
+        ("micro_batch_size: 2\nbatch_size: 64\ngradient_accumulation_steps:", {"global_batch": 64}),
+    ],
+)
+def test_numbers_of_axolotl_mean_what_they_do_elsewhere(
+    keys: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    train = sweep(given_text(tmp_path, f"{AXOLOTL}{keys}\n"), tmp_path)["train"]
+    assert {key: train.get(key) for key in expected} == expected
+    assert not {"warmup_ratio", "warmup_steps"} <= train.keys()
+
+
+@pytest.mark.parametrize("text", [TRL, FACTORY], ids=["trl", "llamafactory"])
+def test_a_key_of_axolotl_is_said_to_set_the_batch_of_another_trainer(text: str, tmp_path: Path) -> None:
+    assert fate(given_text(tmp_path, f"{text}batch_size: 64"), "batch_size") == "not_carried"
+
+
 def test_an_optimizer_that_packcli_lacks_is_said_to_be_missing(tmp_path: Path) -> None:
     assert fate(given_text(tmp_path, f"{TRL}optim: adafactor"), "optim") == "not_carried"
     assert fate(given_text(tmp_path, f"{TRL}optim: paged_adamw_8bit"), "optim") == "changed"
 
 
 def test_what_is_switched_off_is_not_reported_as_missing(tmp_path: Path) -> None:
-    imported = given_text(tmp_path, f"{TRL}neftune_noise_alpha: 5\nload_in_4bit: false\nhub_token: hf_abc\n")
+    imported = given_text(tmp_path, f"{TRL}neftune_noise_alpha: 5\nload_in_4bit: false\npad_token: x\n")
     assert fate(imported, "neftune_noise_alpha") == "not_carried"
     assert fate(imported, "load_in_4bit") == "no_effect"
-    assert "hf_abc" not in imported.text + str(imported.document(Path("x")))
+    assert fate(imported, "pad_token") == "no_effect"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ["hub_token: VALUE", "hf_token: VALUE", "env_vars: {WANDB_API_KEY: VALUE}", "env: {API_KEY: VALUE}",
+     "x: [{wandb_token: VALUE}]", "access_token: {of: VALUE}"],
+)  # fmt: skip
+def test_a_secret_is_printed_or_written_into_the_sweep(keys: str, tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{TRL}{keys}")
+    assert "VALUE" not in imported.text + str(imported.document(Path("x")))
+
+
+def test_tokens_of_a_text_are_hidden_as_if_they_were_secrets(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{AXOLOTL}special_tokens: {{eos_token: '<end>'}}\ntokens: ['<a>']\n")
+    assert {"<end>", '["<a>"]'} <= {entry.value for entry in imported.entries}
+
+
+def test_merged_keys_end_in_a_traceback_or_go_unsaid(tmp_path: Path) -> None:
+    text = (
+        f"x: &x {{seed: 7, learning_rate: 1}}\ny: &y {{<<: *x, seed: 8}}\n<<: [*y, *x]\nlearning_rate: 1e-4\n{TRL}"
+    )
+    imported = given_text(tmp_path, text)
+    assert [(entry.key, entry.line) for entry in imported.entries if "." not in entry.key] == [
+        ("seed", 2), ("learning_rate", 4), ("model_name_or_path", 5), ("dataset_name", 6),
+    ]  # fmt: skip
+    found = sweep(imported, tmp_path)
+    assert (found["train"]["lr"], found["matrix"]["seed"][0]) == (1e-4, 8)
+
+
+def test_numbers_as_keys_where_axolotl_has_them_end_in_a_traceback(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{AXOLOTL}added_tokens_overrides: {{128041: '<a>'}}")
+    assert fate(imported, "added_tokens_overrides") == "not_carried"
 
 
 def test_a_key_that_nobody_knows_is_reported(tmp_path: Path) -> None:
@@ -311,6 +365,8 @@ def test_a_split_of_the_hub_is_lost_and_the_default_one_reported_as_missing(tmp_
 def test_a_loader_is_taken_for_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`json` names a loader"):
         given_text(tmp_path, TRL.replace("owner/data", "json"))
+    several = TRL.replace("owner/data", "json\ndata_files: [a.jsonl, b.jsonl]")
+    assert sweep(given_text(tmp_path, several), _new(tmp_path, "trl"))["data"]["source"] == ["a.jsonl", "b.jsonl"]
     text = AXOLOTL.replace("owner/data", "json, data_files: [a.jsonl, b.jsonl]")
     imported = given_text(tmp_path, text)
     assert sweep(imported, tmp_path)["data"]["source"] == ["a.jsonl", "b.jsonl"]
@@ -323,6 +379,43 @@ def test_data_that_are_not_there_are_found_missing_only_when_the_sweep_runs(tmp_
     (tmp_path / "chats.jsonl").write_text("{}\n")
     assert not given_text(tmp_path, text).warnings
     assert not given_text(tmp_path, TRL, toy=True).warnings
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [({"ms_hub_url": "a/b"}, "is named by `ms_hub_url`"), ({"columns": {}}, "names no data")],
+)
+def test_data_that_packcli_cannot_name_become_a_file_of_an_invented_name(
+    found: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": found}))
+    with pytest.raises(ConfigError, match=said):
+        given_text(tmp_path, FACTORY)
+
+
+def test_a_split_of_a_local_file_of_dataset_info_makes_a_sweep_that_cannot_run(tmp_path: Path) -> None:
+    info = {"mine": {"file_name": "mine.json", "split": "train[:9]", "subset": "main"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    imported = given_text(tmp_path, FACTORY)
+    assert sweep(imported, tmp_path)["data"]["source"] == str(tmp_path / "mine.json")
+    assert any("subset of a local file, split of a local file" in said for said in imported.differences)
+
+
+def test_a_part_of_the_data_is_taken_for_all_of_them(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, AXOLOTL.replace("type:", "shards: 10, shards_idx: 0, type:"))
+    assert {fate(imported, f"datasets.0.{key}") for key in ("shards", "shards_idx")} == {"not_carried"}
+
+
+def test_a_name_beside_a_mixture_is_called_unknown(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{TRL}datasets: [{{path: a/b}}]", trainer="trl")
+    assert sweep(imported, tmp_path)["data"]["source"] == [{"source": "a/b"}]
+    assert fate(imported, "dataset_name") == "no_effect"
+
+
+def test_two_templates_are_both_said_to_be_used(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, f"{TRL}chat_template: x\nchat_template_path: t.jinja")
+    assert (imported.files, sweep(imported, tmp_path)["data"]["template"]) == ({}, "t.jinja")
+    assert fate(imported, "chat_template") == "no_effect"
 
 
 # Keys that are called something else ----------------------------------------------------------------------------
@@ -364,6 +457,12 @@ def test_a_key_is_missing_on_the_screen(file: Path) -> None:
     assert not [entry.key for entry in imported.entries if entry.key not in words]
 
 
+def test_the_toy_is_said_to_have_a_precision_that_its_sweep_lacks(tmp_path: Path) -> None:
+    imported = given_text(tmp_path, TRL, toy=True)
+    assert "model.dtype" not in {item.key for item in imported.assumed}
+    assert "dtype" not in sweep(imported, tmp_path)["model"]
+
+
 def test_the_toys_base_model_comes_as_a_surprise(tmp_path: Path) -> None:
     imported = given_text(tmp_path, TRL, toy=True)
     assert any("base model (2,600 steps)" in line for line in convert.lines(imported, Path("mine.yml"), []))
@@ -387,6 +486,27 @@ def test_a_sweep_is_written_where_nobody_looks_for_it(out: str, said: str, tmp_p
     assert not (tmp_path / "none").exists()
 
 
+def test_a_directory_to_write_into_ends_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is a directory"):
+        convert.write(given_text(tmp_path, f"{TRL}chat_template: x"), Path())
+
+
+@pytest.mark.parametrize("out", ["a #1.yml", "my: s.yml"])
+def test_the_name_of_a_template_is_read_as_yaml(out: str, tmp_path: Path) -> None:
+    convert.write(given_text(tmp_path, f"{TRL}chat_template: x"), tmp_path / out)
+    found = yaml.safe_load((tmp_path / out).read_text())
+    assert Path(found["data"]["template"]).read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "1e5"])
+def test_the_name_of_a_file_is_read_as_a_number(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.yaml").write_text(TRL)
+    imported = convert.convert(tmp_path / f"{name}.yaml", None, 1)
+    convert.write(imported, tmp_path / "sweep.yaml")
+    assert sweepfile.load(tmp_path / "sweep.yaml").name == name
+
+
 # Refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +524,14 @@ def test_a_sweep_is_written_where_nobody_looks_for_it(out: str, said: str, tmp_p
         (FACTORY, "axolotl", "is a file of LLaMA-Factory, not of axolotl"),
         (AXOLOTL.replace("chat_template", "completion"), None, "theirs.yaml:3: `type: completion` is plain text"),
         ("- 1", None, "a mapping"),
+        (f"{TRL}packing: true\npacking_strategy: bdf", None, "yaml:4: TRL has no `packing_strategy: bdf`"),
+        (f"{TRL}max_length: null", None, "yaml:3: `max_length` is empty: TRL then cuts nothing"),
+        (f"{TRL}max_steps: inf", None, "no number: `inf`"),
+        (f"{TRL}num_train_epochs: nan", None, "no number: `nan`"),
+        (AXOLOTL.replace("path: owner/data, ", ""), None, "yaml:3: a data set without `path`"),
+        (AXOLOTL.replace("type:", "1: x, type:"), None, "yaml:3: `datasets.0`: a key that is no word: `1`"),
+        (f"{AXOLOTL}special_tokens: {{true: x}}", None, "`special_tokens`: a key that is no word: `True`"),
+        (f"{TRL}datasets: [{{split: train}}]", "trl", "yaml:3: a data set without `path`"),
     ],
 )
 def test_what_cannot_be_imported_is_one_clear_line(

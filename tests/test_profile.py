@@ -183,8 +183,13 @@ def test_profile_changes_on_its_way_to_a_job() -> None:
 )  # fmt: skip
 def test_time_is_not_what_was_typed(typed: str, minutes: int, load: Load) -> None:
     """YAML 1.1 reads `24:00:00` as 86400 and `0100` as 64."""
-    read = load(f"signal_s: 1\nstages:\n  train: {{time: {typed}}}\n  eval:\n    time: {typed}\n")
-    assert read.resources("train").time_min == read.resources("eval").time_min == minutes
+    train, eval_, base = (
+        f"train: {{time: {typed}}}",
+        f"eval:\n    time: {typed}",
+        f"base: {{<<: {{time: {typed}}}}}",
+    )
+    read = load(f"signal_s: 1\nstages:\n  {train}\n  {eval_}\n  {base}\n")
+    assert {read.resources(stage).time_min for stage in ("train", "eval", "base")} == {minutes}
 
 
 @given(days=st.integers(0, 300), hours=st.integers(0, 23), minutes=st.integers(1, 59), seconds=st.integers(0, 59))
@@ -232,7 +237,7 @@ def test_value_of_the_wrong_kind_is_taken(line: str, load: Load) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "- a", "5", "a: [", "!!python/object:os.system {}", "&a {b: *a}", "1: 2", "? [a]\n: b",
-     "nodes: 1\nnodes: 2", "<<: {time: 24:00:00}", "stages: {eval: [1]}", "name: other"],
+     "nodes: 1\nnodes: 2", "stages: {eval: [1]}", "name: other"],
 )  # fmt: skip
 def test_file_that_is_no_profile_ends_in_a_traceback(text: str, load: Load) -> None:
     assert "site.yaml" in refused(load, text)

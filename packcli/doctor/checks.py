@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from packcli.errors import MissingError, PackcliError
+from packcli.log import is_secret
 
 State = Literal["ok", "missing", "failed"]
 Note = Callable[[int, int, str], None]
 """Progress: (checks that have ended, all of them, those that are waited for)."""
 
 _LONGEST = 600
-_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _LIKE_A_SECRET = re.compile(r"\b(hf_|sk-)\w{8,}|(?<=://)[^/\s@]+@")
 _LEAST = 8  # characters; a shorter value is a word such as `true`, and stands in many texts
 
@@ -109,7 +109,7 @@ def _told(finding: Finding, wall_s: float) -> Finding:
 def clean(text: str) -> str:
     """On one line, and without a secret: libraries quote addresses and headers in what they raise."""
     found = " ".join(text.split())
-    secrets = [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _LEAST]
+    secrets = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _LEAST]
     for secret in sorted(secrets, key=len, reverse=True):
         found = found.replace(secret, "***")
     found = _LIKE_A_SECRET.sub("***", found)

@@ -20,6 +20,7 @@ DIALECT = Dialect(
     epochs="num_epochs",
     schedule="lr_scheduler",
     optimizer="optimizer",
+    batch="batch_size",
     defaults={
         "learning_rate": 2e-4, "lr_scheduler": "cosine", "num_epochs": 1.0, "bf16": True, "seed": 42,
         "micro_batch_size": 1, "warmup_ratio": 0.03, "sequence_len": 512,
@@ -101,7 +102,7 @@ def _data(draft: Draft) -> None:
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ConfigError(f"{source.path}: `datasets` is no list of blocks", "see axolotl's docs/dataset_loading")
     roles: list[Any] = []
-    blocks = [_block(draft, number, item, roles) for number, item in enumerate(found)]
+    blocks = [_block(draft, f"datasets.{number}", roles) for number in range(len(found))]
     draft.values["data.source"] = [one for several in blocks for one in several]
     draft.origins["data.source"] = f"{source.at('datasets')} datasets"
     dialect.value(draft, DIALECT, "sequence_len", "data.max_length")
@@ -117,8 +118,7 @@ def _data(draft: Draft) -> None:
     for key in ("shuffle_merged_datasets", "shuffle_before_merging_datasets"):
         draft.ignore(key, "packcli shuffles by its own seed")
     draft.drop("curriculum_sampling", "packcli shuffles rows", "compare so")
-    tokens = source.get("special_tokens", {})
-    for name in tokens if isinstance(tokens, dict) else ():
+    for name in source.words("special_tokens"):
         if name == "pad_token":
             draft.ignore("special_tokens.pad_token", "no label or mask depends on it")
         else:
@@ -126,16 +126,18 @@ def _data(draft: Draft) -> None:
             draft.drop(f"special_tokens.{name}", "packcli adds no special tokens", do)
 
 
-def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -> list[dict[str, Any] | str]:
-    """One of `datasets`, as sources of packcli: one, or as many as it names files."""
+def _block(draft: Draft, first: str, roles: list[Any]) -> list[dict[str, Any] | str]:
+    """The data set under a key, as sources of packcli: one, or as many as it names files."""
+    found = draft.source.words(first)
+    if not found.get("path"):
+        raise ConfigError(f"{draft.source.at(first)}: a data set without `path`", "put in where the data are")
     block: dict[str, Any] = {}
     mapping: dict[str, str] = {}
-    first = f"datasets.{number}"
-    files = data.paths(draft, f"{first}.path", found.get("path") or "chats.jsonl", f"{first}.data_files")
-    for key in found:
-        place, value = f"{first}.{key}", found[key]
+    files = data.paths(draft, f"{first}.path", found["path"], f"{first}.data_files")
+    for key, value in found.items():
+        place = f"{first}.{key}"
         of_hub: dict[str, HubKey] = {"name": "subset", "split": "split", "revision": "revision"}
-        if key == "path" and value is not None:
+        if key == "path":
             draft.source.mark(place, "carried", to=("data.source",))
         elif key == "data_files" and draft.source.dealt_with(place):
             continue
@@ -151,14 +153,24 @@ def _block(draft: Draft, number: int, found: dict[str, Any], roles: list[Any]) -
             _trained_on(draft, place, key, value, roles)
         elif key.startswith(("message_field_", "message_property_mappings")) and _usual(value):
             draft.ignore(place, "packcli takes `role`/`from` and `content`/`value` by itself")
-        elif key in ("ds_type", "shards", "shards_idx", "preprocess_shards"):
-            draft.ignore(place, "packcli sees by itself what a file is")
+        elif key in ("ds_type", "preprocess_shards"):
+            draft.ignore(place, "how axolotl reads a file; packcli sees by itself what it is")
+        elif key in ("shards", "shards_idx"):
+            _shards(draft, place, found)
         else:
             do = "name the files by `source`, or fields by `mapping` (docs/data.md)"
             draft.drop(place, "packcli has no such key for a source", do)
     if mapping:
         block["mapping"] = mapping
     return [{"source": file, **block} if block else file for file in files]
+
+
+def _shards(draft: Draft, place: str, found: dict[str, Any]) -> None:
+    if found.get("shards"):
+        why = "axolotl trains on one of so many parts of a data set, packcli on all of it"
+        draft.source.mark(place, "not_carried", why=why, do="write the part into a file of its own, and name that")
+    else:
+        draft.ignore(place, "`shards` is off")
 
 
 def _usual(value: Any) -> bool:

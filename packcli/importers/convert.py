@@ -13,7 +13,7 @@ from packcli import sweepfile, whose
 from packcli.errors import ConfigError
 from packcli.files import atomic_write
 from packcli.importers import axolotl, data, dialect, llamafactory, trl
-from packcli.importers.draft import Assumed, Draft
+from packcli.importers.draft import Assumed, Draft, inline
 from packcli.importers.source import DOCS, Entry, Fate, Source
 from packcli.whose import Trainer
 
@@ -160,14 +160,15 @@ def write(imported: Imported, out: Path) -> list[Path]:
     """
     if not out.parent.is_dir():
         raise ConfigError(f"no directory `{out.parent}`", f"make it (`mkdir -p {out.parent}`), or choose another")
+    if out.is_dir():
+        raise ConfigError(f"`{out}` is a directory", "name a file in it with --out")
     targets = {out: imported.text} | {out.with_name(f"{out.stem}.{name}"): t for name, t in imported.files.items()}
     for path in targets:
         if path.exists():
             raise ConfigError(f"`{path}` is there, and is not overwritten", "choose another name with --out")
     for name in imported.files:
-        targets[out] = targets[out].replace(
-            f"template: {name}", f"template: {out.with_name(f'{out.stem}.{name}')}"
-        )
+        beside = str(out.with_name(f"{out.stem}.{name}"))
+        targets[out] = targets[out].replace(f"template: {name}", f"template: {inline(beside)}")
     for path, text in targets.items():
         try:
             with atomic_write(path) as file:

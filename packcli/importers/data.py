@@ -10,6 +10,7 @@ from packcli.config import SourceSpec
 from packcli.data import hub, sources
 from packcli.errors import ConfigError
 from packcli.importers.draft import Draft
+from packcli.importers.source import Fate
 
 _LOADERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder", "audiofolder")
 HubKey = Literal["subset", "split", "revision", "streaming"]
@@ -36,16 +37,24 @@ def paths(draft: Draft, key: str, path: Any, files_key: str) -> list[str]:
 
 def of_hub(draft: Draft, key: str, name: HubKey, value: Any, source: str) -> dict[str, Any]:
     """A key that packcli has for Hugging Face data sets, as part of the source's block; none of a local file."""
-    has_splits = (Path(source) / "dataset_dict.json").is_file()
-    if hub.is_dataset(source) or (name == "split" and has_splits):
+    fate = hub_fate(name, value, source)
+    if fate == "carried":
         draft.source.mark(key, "carried", to=("data.source",))
         return {name: value}
-    if (name, value) in (("split", "train"), ("streaming", True)):
+    if fate == "no_effect":
         draft.ignore(key, "a local file is read as a whole, and never downloaded")
     else:
         do = "write what it chooses into a file of its own, and name that"
         draft.drop(key, f"packcli has `{name}` for Hugging Face data sets: all of a local file is read", do)
     return {}
+
+
+def hub_fate(name: HubKey, value: Any, source: str) -> Fate:
+    """What becomes of a key that packcli has for Hugging Face data sets."""
+    has_splits = (Path(source) / "dataset_dict.json").is_file()
+    if hub.is_dataset(source) or (name == "split" and has_splits):
+        return "carried"
+    return "no_effect" if (name, value) in (("split", "train"), ("streaming", True)) else "not_carried"
 
 
 def problems(found: Any) -> Iterable[str]:

@@ -94,10 +94,14 @@ NOT_CARRIED: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """One trainer's names for what all have. `defaults`: of keys that a file may leave out."""
+    """One trainer's names for what all have. `defaults`: of keys that a file may leave out.
+
+    batch  a key for a step's rows of one process; only axolotl has it.
+    """
 
     title: str
     per_device: str = "per_device_train_batch_size"
+    batch: str = ""
     epochs: str = "num_train_epochs"
     schedule: str = "lr_scheduler_type"
     optimizer: str = "optim"
@@ -162,10 +166,13 @@ def number(draft: Draft, key: str, default: float) -> float:
     """
     found = draft.source.get(key, default)
     try:
-        return float(found)
+        given = float(found)
     except (TypeError, ValueError):
+        given = math.nan
+    if not math.isfinite(given):
         where = f"{draft.source.path}:{draft.source.at(key).rpartition(':')[2]}"
-        raise ConfigError(f"{where}: `{key}` is no number: `{found}`", "correct it, then import again") from None
+        raise ConfigError(f"{where}: `{key}` is no number: `{found}`", "correct it, then import again")
+    return given
 
 
 def names(draft: Draft, key: str) -> list[str]:
@@ -226,6 +233,9 @@ def _warmup(draft: Draft, of: Dialect) -> None:
     elif steps > 0:  # transformers 5: below 1 it is a share
         draft.carry("warmup_steps", "train.warmup_ratio", steps)
         draft.ignore("warmup_ratio", "`warmup_steps` is given, and decides")
+    elif "warmup_ratio" in of.defaults and draft.source.get("warmup_steps") is not None:  # axolotl: 0 is none
+        draft.carry("warmup_steps", "train.warmup_steps", int(steps))
+        draft.ignore("warmup_ratio", "`warmup_steps` is given, and decides")
     elif draft.source.get("warmup_ratio") is not None:
         draft.carry("warmup_ratio", "train.warmup_ratio", ratio)
         draft.ignore("warmup_steps", "it is off")
@@ -242,9 +252,7 @@ def _batch(draft: Draft, of: Dialect, processes: int | None) -> None:
     each = int(number(draft, of.per_device, of.defaults[of.per_device]))
     if each < 1:
         raise ConfigError(f"{draft.source.path}: `{of.per_device}` is {each}", "correct it, then import again")
-    accumulation = int(number(draft, "gradient_accumulation_steps", 1))
-    if draft.source.get("gradient_accumulation_steps") is None and of.per_device == "micro_batch_size":
-        accumulation = max(1, int(number(draft, "batch_size", each)) // each)
+    accumulation = _accumulation(draft, of, each)
     world = processes or 1
     batch = each * accumulation * world
     product = f"{each} a process x {accumulation} accumulated x {world} process{'es' if world > 1 else ''}"
@@ -257,13 +265,25 @@ def _batch(draft: Draft, of: Dialect, processes: int | None) -> None:
         draft.change(of.per_device, "train.micro_batch", each, f"rows of a forward pass; in `global_batch`: {why}")
     else:
         value(draft, of, of.per_device, "train.micro_batch")
-    for key in ("gradient_accumulation_steps", "batch_size"):
-        draft.source.mark(key, "changed", to=("train.global_batch",), why=why)
+    draft.source.mark("gradient_accumulation_steps", "changed", to=("train.global_batch",), why=why)
     if processes is None:
         said = "how many processes train is not in the file: taken as 1; --processes N says otherwise"
         draft.assume("train.ranks", 1, said)
     else:
         draft.assume("train.ranks", world, "--processes")
+
+
+def _accumulation(draft: Draft, of: Dialect, each: int) -> int:
+    """Forward passes of a step. axolotl's schema fills in 1 before it looks at `batch_size`, unless an empty key
+    stands there."""
+    source, key = draft.source, "gradient_accumulation_steps"
+    if of.batch and key in source.keys and source.get(key) is None:
+        why = f"`{key}` is empty, so this divided by `{of.per_device}` takes its place"
+        source.mark(of.batch, "changed", to=("train.global_batch",), why=why)
+        return max(1, int(number(draft, of.batch, each)) // each)
+    if of.batch:
+        draft.ignore(of.batch, f"{of.title} goes by `{key}`, which is 1 where it is left out")
+    return int(number(draft, key, 1))
 
 
 def _optimizer(draft: Draft, of: Dialect) -> None:

@@ -9,8 +9,16 @@ import yaml
 
 from packcli.importers.source import Entry, Source
 from packcli.log import plain
+from packcli.yamlfile import FLOAT
 
 _SECTIONS = ("model", "data", "train", "eval")
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, with quotes around text that packcli would read as a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class Draft:
         """Take out all keys that begin so."""
         for key in [key for key in self.values if key == beginning or key.startswith(f"{beginning}.")]:
             del self.values[key]
+            self.assumed = [item for item in self.assumed if item.key != key]
 
     def drop(self, key: str, why: str, do: str) -> None:
         """A key that changes what is trained, and that packcli has nothing for; of no effect where it is off."""
@@ -102,18 +111,18 @@ class Draft:
 
     def text(self, name: str, made_by: str, entries: list[Entry]) -> str:
         """The sweep file."""
-        lines = [plain(f"# {made_by}"), f"name: {name}"]
+        lines = [plain(f"# {made_by}"), f"name: {inline(name)}"]
         for section in _SECTIONS:
             own = {key: value for key, value in self.values.items() if key.split(".")[0] == section}
             if own:
                 lines += [f"{section}:", *self._block(own, section, 1)]
         if self.arms:
             lines.append("arms:")
-        lines += [f"  {arm}: {_inline(fields)}" for arm, fields in self.arms.items()]
+        lines += [f"  {arm}: {inline(fields)}" for arm, fields in self.arms.items()]
         lines.append(f"baseline: {self.baseline}")
         lines.append("matrix:")
         for axis, values in self.matrix.items():
-            lines.append(f"  {axis}: {_inline(values)}{_comment(self.origins.get(axis, ''))}")
+            lines.append(f"  {axis}: {inline(values)}{_comment(self.origins.get(axis, ''))}")
         missing = [entry for entry in entries if entry.fate == "not_carried"]
         if missing:
             lines += ["", "# Not carried:"]
@@ -128,7 +137,7 @@ class Draft:
             inner = f"{parent}.{head}"
             indent = "  " * depth
             if not dot:
-                lines.append(f"{indent}{head}: {_inline(value)}{_comment(self.origins[key])}")
+                lines.append(f"{indent}{head}: {inline(value)}{_comment(self.origins[key])}")
             elif inner not in done:
                 done.add(inner)
                 nested = {each: item for each, item in own.items() if each.startswith(f"{inner}.")}
@@ -136,9 +145,11 @@ class Draft:
         return lines
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False
+    )
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from packcli.errors import ConfigError
 from packcli.files import read_json
-from packcli.importers import dialect
+from packcli.importers import data, dialect
+from packcli.importers.data import HubKey
 from packcli.importers.dialect import Dialect
 from packcli.importers.draft import Draft
 
@@ -24,6 +25,9 @@ DIALECT = Dialect(
 )  # fmt: skip
 _INFO = "dataset_info.json"
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+# Where else a data set may lie; each goes before `file_name`, and `hf_hub_url` before all.
+_ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_OF_HUB: tuple[HubKey, ...] = ("subset", "split", "revision")
 _NO_EFFECT = {
     "how the data are read": ("preprocessing_num_workers", "streaming", "buffer_size", "tokenized_path",
                               "data_shared_file_system", "media_dir"),
@@ -165,10 +169,9 @@ def _block(draft: Draft, name: str, directory: Path, info: dict[str, Any]) -> An
         columns = found.get("columns") or {}
     if not isinstance(columns, dict) or not all(isinstance(field, str | None) for field in columns.values()):
         raise ConfigError(f"{directory / _INFO}: `{name}` is no block of keys", "correct it, then import again")
-    block: dict[str, Any] = {
-        "source": found.get("hf_hub_url") or str(directory / str(found.get("file_name", name)))
-    }
-    block |= {key: found[key] for key in ("subset", "split") if found.get(key)}
+    block: dict[str, Any] = {"source": _place(name, directory, found)}
+    fates = {key: data.hub_fate(key, found[key], block["source"]) for key in _OF_HUB if found.get(key)}
+    block |= {key: found[key] for key, fate in fates.items() if fate == "carried"}
     known = {"messages": "messages"} if found.get("formatting") in ("sharegpt", "openai") else _ALPACA
     mapping = {
         known[key]: field for key, field in columns.items() if key in known and field and known[key] != field
@@ -177,12 +180,30 @@ def _block(draft: Draft, name: str, directory: Path, info: dict[str, Any]) -> An
         del mapping["messages"]
     if mapping:
         block["mapping"] = mapping
-    dealt = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "columns", "formatting"}
+    dealt = {"file_name", "hf_hub_url", "columns", "formatting", *_ELSEWHERE, *_OF_HUB}
     left = [key for key in found if key not in dealt and found[key]]
     left += [f"columns.{key}" for key in columns if key not in known]
+    left += [f"{key} of a local file" for key, fate in fates.items() if fate == "not_carried"]
     if left:
         draft.differences.append(f"{_INFO}, {name}: packcli has nothing for {', '.join(left)}")
     return block if len(block) > 1 else block["source"]
+
+
+def _place(name: str, directory: Path, found: dict[str, Any]) -> str:
+    """Where a data set of dataset_info.json is: the id of one of Hugging Face, or a file.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if found.get("hf_hub_url"):
+        return str(found["hf_hub_url"])
+    elsewhere = next((key for key in _ELSEWHERE if found.get(key)), None)
+    if elsewhere is None and found.get("file_name"):
+        return str(directory / str(found["file_name"]))
+    said = f"`{name}` is named by `{elsewhere}`" if elsewhere else f"`{name}` names no data"
+    raise ConfigError(
+        f"{directory / _INFO}: {said}", "packcli reads `hf_hub_url`, or `file_name` alone: write one of them"
+    )
 
 
 def _adapters(draft: Draft) -> None:

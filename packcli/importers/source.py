@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any, Literal
 import orjson
 
 from packcli.errors import ConfigError
-from packcli.yamlfile import KeyPath, Lines, nearest, parse, read
+from packcli.log import is_secret
+from packcli.yamlfile import KeyPath, nearest, parse, read
 
 Fate = Literal["carried", "changed", "not_carried", "no_effect"]
 """In the sweep as it was; in the sweep, meaning something else; not in the sweep, though it changes what is
 trained; of no matter to what is trained."""
 
 DOCS = "docs/coming_from.md"
-_SECRET = re.compile(r"(hub_token|auth_token|api_key|secret|password|webhook_url|experiment_key)$")
+_HIDDEN = "(hidden)"
 _SHOWN = 60
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", "no", "None", [], {})
 
@@ -50,11 +50,7 @@ class Source:
         text = read(path, "trainer's file", f"give a trainer's YAML file; see {DOCS}")
         self.path = path
         self._document, self._lines = parse(text, str(path), DOCS)
-        for key in self._document:
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"{path}: a key that is no word: `{key}`", "no trainer has such a key; take it out"
-                )
+        _check_words(self._document, str(path))
         self._entries: dict[KeyPath, Entry] = {}
         self._asked: set[str] = set()  # what a key that nobody knows may have been meant for
         self.unknown: list[str] = []
@@ -77,6 +73,20 @@ class Source:
             else:
                 value = None
         return default if value is None or value == "" else value
+
+    def words(self, key: str) -> dict[str, Any]:
+        """The mapping under a key, to be read key by key; empty where there is none.
+
+        Elsewhere keys may be numbers, as in axolotl's `added_tokens_overrides`.
+
+        Raises:
+            ConfigError: one of its keys is no word.
+        """
+        found = self.get(key)
+        if not isinstance(found, dict):
+            return {}
+        _check_words(found, f"{self.at(key)}: `{key}`")
+        return found
 
     def at(self, key: str) -> str:
         """`file.yaml:12`, of a key that is there."""
@@ -129,12 +139,24 @@ class Source:
 
     def _shown(self, path: KeyPath, value: Any) -> str:
         """A value on one line; never one that may be a password."""
-        if _SECRET.search(path[-1]):
-            return "(hidden)"
-        texts: Lines = self._lines
-        text = texts.texts.get(path) or ("" if value is None else orjson.dumps(value, default=str).decode())
+        if any(map(is_secret, path)):
+            return _HIDDEN
+        text = self._lines.texts.get(path) or ("" if value is None else orjson.dumps(_showable(value)).decode())
         text = " ".join(text.split())
         return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _check_words(found: dict[Any, Any], where: str) -> None:
+    for key in found:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: a key that is no word: `{key}`", "no trainer has such a key; take it out")
+
+
+def _showable(value: Any) -> Any:
+    """A value without what may be a password, its keys as words."""
+    if isinstance(value, dict):
+        return {str(key): _HIDDEN if is_secret(str(key)) else _showable(inner) for key, inner in value.items()}
+    return [_showable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

@@ -6,7 +6,6 @@ scripts/utils.py.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from packcli.errors import ConfigError
@@ -25,7 +24,6 @@ DIALECT = Dialect(
 _OTHER_TRAINERS = ("beta", "num_generations", "reward_funcs", "reward_model_path", "max_completion_length")
 _MAP_BATCH = 1000  # documents that `datasets.map(batched=True)` hands to the packer at a time
 _TEMPLATE = "template.jinja"
-_NO_NAME = r"[^A-Za-z0-9_-]+"
 
 
 def fill(draft: Draft, processes: int | None) -> None:
@@ -63,12 +61,16 @@ def _data(draft: Draft) -> None:
     mixture = "datasets" if source.get("datasets") else "dataset_mixture.datasets"
     if source.get(mixture):
         _mixture(draft, mixture)
+        why = f"`{mixture}` is given, and decides"
+        draft.ignore("dataset_name", why)
     elif source.get("dataset_name") is not None:
         _one(draft)
+        why = "it is off"
     else:
+        why = "`dataset_name` is not given"
         draft.assume("data.source", "chats.jsonl", "the file names no data: put in what --dataset_name said")
     for key in ("dataset_config", "dataset_train_split", "dataset_streaming"):
-        source.mark(key, "no_effect", why="`dataset_name` is not given", once=False)
+        source.mark(key, "no_effect", why=why, once=False)
     _length(draft)
     dialect.propose_validation(draft)
     for key in ("dataset_test_split", "test_split_size", "dataset_mixture.test_split_size"):
@@ -77,17 +79,21 @@ def _data(draft: Draft) -> None:
     _template(draft)
     for key in ("dataset_num_proc", "dataset_kwargs", "shuffle_dataset", "streaming", "dataset_mixture.seed"):
         draft.ignore(key, "how the data are read; packcli packs the whole set, in an order of its own seed")
-    why = "packcli reads chats (`messages`, `prompt` with `completion`, ...), no plain text"
-    draft.drop("dataset_text_field", why, "make each text the answer of a chat, `data.template: plain`")
+    chats = "packcli reads chats (`messages`, `prompt` with `completion`, ...), no plain text"
+    draft.drop("dataset_text_field", chats, "make each text the answer of a chat, `data.template: plain`")
     draft.drop(
         "eos_token", "packcli takes what ends a turn from the template", "look at `packcli prepare --show 3`"
     )
-    draft.drop("pad_token", "no label or mask depends on it", "nothing")
+    draft.ignore("pad_token", "no label or mask depends on it")
 
 
 def _length(draft: Draft) -> None:
     """TRL before 0.20 said `max_seq_length`, which decided where `max_length` stood beside it."""
-    if draft.source.get("max_seq_length") is None:
+    source = draft.source
+    if source.get("max_seq_length") is None:
+        if "max_length" in source.keys and source.get("max_length") is None:
+            said = "`max_length` is empty: TRL then cuts nothing, and packcli's rows have an end"
+            raise ConfigError(f"{source.at('max_length')}: {said}", "put in a length that no document exceeds")
         dialect.value(draft, DIALECT, "max_length", "data.max_length")
         return
     length = int(dialect.number(draft, "max_seq_length", 0))
@@ -97,15 +103,16 @@ def _length(draft: Draft) -> None:
 
 def _one(draft: Draft) -> None:
     source = draft.source
-    [name] = data.paths(draft, "dataset_name", source.get("dataset_name"), "data_files")
-    block: dict[str, Any] = {"source": name}
+    names = data.paths(draft, "dataset_name", source.get("dataset_name"), "data_files")
+    block: dict[str, Any] = {}
     given: dict[str, HubKey] = {
         "dataset_config": "subset", "dataset_train_split": "split", "dataset_streaming": "streaming",
     }  # fmt: skip
     for key, part in given.items():
         if source.get(key) not in (None, False):
-            block |= data.of_hub(draft, key, part, source.get(key), name)
-    draft.carry("dataset_name", "data.source", block if len(block) > 1 else block["source"])
+            block |= data.of_hub(draft, key, part, source.get(key), names[0])
+    found = [{"source": name, **block} if block else name for name in names]
+    draft.carry("dataset_name", "data.source", found if len(found) > 1 else found[0])
 
 
 def _mixture(draft: Draft, where: str) -> None:
@@ -116,22 +123,25 @@ def _mixture(draft: Draft, where: str) -> None:
             f"{draft.source.at(where)}: `{where}` is no list of blocks", "see TRL's dataset mixtures"
         )
     draft.values["data.source"] = [
-        block for number, found in enumerate(listed) for block in _part(draft, f"{where}.{number}", found)
+        block for number in range(len(listed)) for block in _part(draft, f"{where}.{number}")
     ]
     draft.origins["data.source"] = f"{draft.source.at(where)} {where}"
 
 
-def _part(draft: Draft, where: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+def _part(draft: Draft, where: str) -> list[dict[str, Any]]:
     """One of a mixture, as sources of packcli: one, or as many as it names files."""
     of_hub: dict[str, HubKey] = {"name": "subset", "config": "subset", "split": "split"}
     block: dict[str, Any] = {}
-    named = next((key for key in ("path", "id") if found.get(key)), "path")
-    files = data.paths(draft, f"{where}.{named}", found.get(named) or "chats.jsonl", f"{where}.data_files")
+    found = draft.source.words(where)
+    named = next((key for key in ("path", "id") if found.get(key)), None)
+    if named is None:
+        raise ConfigError(f"{draft.source.at(where)}: a data set without `path`", "put in where the data are")
+    files = data.paths(draft, f"{where}.{named}", found[named], f"{where}.data_files")
     for key, value in found.items():
         place = f"{where}.{key}"
         if draft.source.dealt_with(place):
             continue
-        if key == named and value is not None:
+        if key == named:
             draft.source.mark(place, "carried", to=("data.source",))
         elif key in of_hub and value is not None:
             block |= data.of_hub(draft, place, of_hub[key], value, files[0])
@@ -163,11 +173,13 @@ def _trained_on(draft: Draft) -> None:
 
 def _template(draft: Draft) -> None:
     source = draft.source
-    if (text := source.get("chat_template")) is not None:
+    path = source.get("chat_template_path")
+    if path is not None:
+        draft.ignore("chat_template", "`chat_template_path` is given, and decides")
+    elif (text := source.get("chat_template")) is not None:
         draft.files[_TEMPLATE] = str(text)
         draft.change("chat_template", "data.template", _TEMPLATE, "in a file of its own")
-    path = str(source.get("chat_template_path", ""))
-    if path.endswith((".jinja", ".j2", ".txt")):
+    if str(path).endswith((".jinja", ".j2", ".txt")):
         draft.carry("chat_template_path", "data.template", path)
     else:
         do = "save its chat template as a file, name that in `data.template`"
@@ -202,7 +214,6 @@ def _adapters(draft: Draft) -> None:
 
 def _arm(draft: Draft) -> None:
     source = draft.source
-    strategy = str(source.get("packing_strategy", "bfd"))
     keys = ("packing", "packing_strategy", "padding_free")
     if not source.get("packing"):
         free = bool(source.get("padding_free"))
@@ -213,7 +224,7 @@ def _arm(draft: Draft) -> None:
         for key in keys:
             source.mark(key, "carried", to=("matrix.arm",))
     else:
-        name, fields, why = _packed(strategy)
+        name, fields, why = _packed(draft)
         draft.arms[name] = fields
         draft.packs(name)
         draft.differences.append(f"{name}: {why}")
@@ -233,7 +244,8 @@ def _arm(draft: Draft) -> None:
     )
 
 
-def _packed(strategy: str) -> tuple[str, dict[str, Any], str]:
+def _packed(draft: Draft) -> tuple[str, dict[str, Any], str]:
+    strategy = str(draft.source.get("packing_strategy", "bfd"))
     windows = {"packer": "first_fit_decreasing", "window": _MAP_BATCH}
     match strategy:
         case "wrapped":
@@ -243,15 +255,18 @@ def _packed(strategy: str) -> tuple[str, dict[str, Any], str]:
                 "documents of a row, on purpose"
             )
             return "trl_wrapped", fields, why
-        case "bfd_split":
+        case "bfd_split" | "bfd-requeue":  # its name in earlier versions
             why = (
                 f"best-fit decreasing over {_MAP_BATCH:,} documents at a time, here first-fit; TRL splits "
                 "documents that are too long, packcli truncates them"
             )
             return "trl_bfd_split", {"extends": "best_fit", **windows}, why
-        case _:
+        case "bfd":
             why = (
                 f"best-fit decreasing over {_MAP_BATCH:,} documents at a time, here first-fit; documents are kept "
                 "apart by their positions, in packcli by a mask that is tested at start-up"
             )
-            return f"trl_{re.sub(_NO_NAME, '_', strategy)[:40]}", {"extends": "best_fit", **windows}, why
+            return "trl_bfd", {"extends": "best_fit", **windows}, why
+        case _:
+            said = f"{draft.source.at('packing_strategy')}: TRL has no `packing_strategy: {strategy}`"
+            raise ConfigError(said, "it has bfd, bfd_split and wrapped")
