@@ -307,7 +307,9 @@ def test_a_file_system_without_locks_ends_the_doctor(tmp_path: Path, monkeypatch
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    assert named(looked(tmp_path), "locks").found == "no lock can be taken: No locks available"
+    found = named(looked(tmp_path), "locks")
+    assert (found.state, "its file system has no locks" in found.found) == ("failed", True)
+    assert "-o flock" in found.fix
 
 
 def test_a_file_server_passes_for_a_disk_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from packcli.config import ARMS, ArmSpec, EvalSpec
 from packcli.errors import ConfigError, LockedError, PackcliError, RunError
 from packcli.eval.harness import Harness, ScoredTask, TaskResult
 from packcli.eval.scoring import Scorer
+from packcli.files import read_sealed, write_sealed
 from packcli.launch.worker import Worker
-from packcli.plan import EvalOrder, IndexOrder
+from packcli.plan import EvalOrder, IndexOrder, Kind, TokensOrder, TrainOrder
 from packcli.store import Manifest, Store
 
 TASKS = ("tiny_copy", "tiny_reverse", "tiny_rotate")
@@ -93,6 +95,71 @@ def test_a_model_is_loaded_once_for_all_tasks_and_not_at_all_when_all_are_done(t
     run(store, harness)
     run(store, harness)
     assert harness.loads == 1
+
+
+def test_a_task_that_another_process_scored_in_the_meantime_is_scored_again(tmp_path: Path) -> None:
+    store, harness = Store(tmp_path), FakeHarness()
+    scorer = Scorer(EvalSpec())
+    scorer.harness = harness
+    ours = stages.evaluate(orders(), store, scorer, checkpoint="x")
+    next(ours)
+    run(store, FakeHarness())  # all of it, while we had one
+    before = {order.id: store.manifest_file("eval", order.id).stat().st_ino for order in orders()}
+    harness.bad = set(TASKS)
+    assert all(isinstance(outcome, Manifest) for _, outcome in ours)
+    assert before == {order.id: store.manifest_file("eval", order.id).stat().st_ino for order in orders()}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "index", "train"])
+def test_a_stage_that_another_process_made_in_the_meantime_is_made_again(
+    kind: str, tiny_sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "runs")
+    plan = stages.make_plan(sweepfile.load(tiny_sweep(arms=["padding"], train={"steps": 2})), store)
+    writing = Store.writing
+    made: list[int] = []
+
+    @contextlib.contextmanager
+    def after_another(self: Store, kind_: Kind, id_: str) -> Iterator[Path]:
+        if kind_ == kind and not made:
+            made.append(0)
+            stages.run(kind_, order, store)  # another process, from its first look to its end
+            made[0] = store.manifest_file(kind_, id_).stat().st_ino
+        with writing(self, kind_, id_) as directory:
+            yield directory
+
+    monkeypatch.setattr(Store, "writing", after_another)
+    for order in (*plan.tokens.values(), *plan.indexes.values(), *plan.trains.values()):
+        stages.run(stages_kind(order), order, store)
+        if stages_kind(order) == kind:
+            assert made == [store.manifest_file(kind, order.id).stat().st_ino]
+
+
+def stages_kind(order: object) -> Kind:
+    return {TokensOrder: "tokens", IndexOrder: "index", TrainOrder: "train"}[type(order)]  # type: ignore[return-value]
+
+
+def test_what_was_scored_in_part_vouches_for_bytes_that_are_being_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, harness = Store(tmp_path), FakeHarness()
+    run(store, harness)
+    [order, *_] = orders()
+    path = store.manifest_file("eval", order.id)
+    manifest = read_sealed(path)
+    manifest["results"]["left_out"] = {"reason": "no splitter", "fix": "install it"}
+    write_sealed(path, manifest)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(store, harness)
+    assert store.state("eval", order.id) == "pending"
+    assert run(store, harness) == {task: task for task in TASKS}
 
 
 def test_scoring_a_run_that_was_not_trained_names_the_command(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packcli import files, store
-from packcli.errors import IntegrityError, LockedError, RunError
+from packcli.errors import ConfigError, IntegrityError, LockedError, MissingError, PackcliError, RunError
 from packcli.files import atomic_directory, atomic_write, digest, locked, read_jsonl, write_json
-from packcli.store import Store, normalized, verify
+from packcli.store import FileRecord, Store, normalized, verify
 
 
 def finish(runs: Store, id_: str = "0123", *, write: bool = True) -> Path:
@@ -207,8 +208,106 @@ def test_a_directory_removed_half_way_by_a_killed_process_is_taken_for_whole(
         runs.remove(checkpoint)
         monkeypatch.undo()
         assert runs.checkpoints("t") == []
+    monkeypatch.setattr(files, "is_alive", lambda _: False)
     with runs.writing("train", "t") as directory:
         assert [path.name for path in directory.iterdir()] == [".lock"], "the rest of it was not cleared away"
+
+
+def test_an_unfinished_file_of_a_living_writer_is_taken_from_it(tmp_path: Path) -> None:
+    """Parts of a token store are written without its lock, also on other machines."""
+    runs = Store(tmp_path / "runs")
+    runs.directory("tokens", "t").mkdir(parents=True)
+    with atomic_write(runs.shard("tokens", 0).with_name("shard-00000.arrow")) as file:
+        file.write(b"x")
+    with atomic_write(runs.directory("tokens", "t") / "shard-00001.arrow") as file:
+        file.write(b"x")
+        elsewhere = runs.directory("tokens", "t") / ".shard-00002.arrow.tmp-another-host-12-0123abcd"
+        long_ago = elsewhere.with_name(".shard-00003.arrow.tmp-another-host-12-0123abcd")
+        for path in (elsewhere, long_ago):
+            path.write_bytes(b"x")
+        os.utime(long_ago, (0, 0))
+        with runs.writing("tokens", "t"):
+            assert (elsewhere.exists(), long_ago.exists()) == (True, False)
+    assert (runs.directory("tokens", "t") / "shard-00001.arrow").exists()
+
+
+def test_what_a_killed_deleter_left_is_looked_at_or_stays(tmp_path: Path) -> None:
+    runs = Store(tmp_path / "runs")
+    finish(runs)
+    doomed = runs.directory("eval", "").parent / "eval" / ".x.tmp-another-host-12-0123abcd"
+    write_json(doomed / "manifest.json", {})
+    assert verify(runs.root / "store") == 2
+    os.utime(doomed, (0, 0))
+    files.clear_unfinished(runs.directory("eval", ""))
+    assert not doomed.exists()
+
+
+def test_a_lock_on_a_directory_that_was_deleted_in_the_meantime_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, take = tmp_path / "stage", files._take
+
+    def deletes(descriptor: int) -> bool:
+        monkeypatch.setattr(files, "_take", take)
+        files.remove_directory(directory)
+        return take(descriptor)
+
+    monkeypatch.setattr(files, "_take", deletes)
+    with locked(directory, "it"):
+        assert files.is_locked(directory / ".lock")
+        with pytest.raises(LockedError), locked(directory, "it"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (errno.ENOLCK, ConfigError, "its file system has no locks"),
+        (errno.EROFS, ConfigError, "Read-only file system"),
+        (errno.ENOSPC, MissingError, "the disk is full"),
+    ],
+)
+def test_a_stage_that_cannot_be_locked_is_called_a_bug(
+    number: int, error: type[PackcliError], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.raises(error, match=words), Store(tmp_path / "runs").writing("eval", "x"):
+        pass
+
+
+def test_a_manifest_that_cannot_be_read_for_the_moment_is_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Store(tmp_path / "runs")
+    directory = finish(runs)
+
+    def stale(path: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(store, "read_bytes", stale)
+    monkeypatch.setattr(files, "read_bytes", stale)
+    manifest = runs.manifest_file("eval", "0123")
+    for read in (
+        lambda: verify(directory),
+        lambda: runs.manifest("eval", "0123"),
+        lambda: runs.checked("eval", "0123", "results.json", FileRecord(sha256="", bytes=0)),
+    ):
+        with pytest.raises(IntegrityError, match="cannot be read: Stale file handle") as caught:
+            read()
+        assert caught.value.fix.endswith("delete nothing")
+    assert manifest.exists()
+
+
+def test_a_small_file_that_comes_in_pieces_is_taken_for_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "x.json", list(range(50)))
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda file, count: read(file, min(count, 7)))
+    assert files.read_json(tmp_path / "x.json") == list(range(50))
 
 
 def test_what_a_killed_writer_left_stays_for_ever_or_a_living_ones_is_taken(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from conftest import Training
 
 from packcli.errors import HangError, OutOfMemoryError, PeerError
-from packcli.store import normalized
+from packcli.store import Store, normalized
 from packcli.train import faults, watchdog
 
 TRAIN = {"steps": 20, "global_batch": 16, "save_every": 3, "keep_last": 2}
@@ -194,9 +194,8 @@ def test_case_26_sigterm_and_usr2_save_and_exit_75(
 @slow
 def test_cancel_stops_the_sweep_of_this_machine_and_leaves_a_checkpoint(training: Callable[..., Training]) -> None:
     run = training(**FOREVER)
-    stale = (
-        run.cwd / "runs" / "tiny_test" / "process-1.lock"
-    )  # a killed sweep's, and the number is another process's
+    # A killed sweep's, and the number is another process's.
+    stale = Store(run.cwd / "runs").process("tiny_test", 1)
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.touch()
     process = run.start("sweep")
