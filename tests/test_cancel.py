@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from packcli.store import Store
 
 
 @pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def signalled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     kill = os.kill
     monkeypatch.setattr(os, "kill", lambda pid, number: found.append(pid) if number else kill(pid, 0))
-    yield found
+    return found
 
 
 def test_a_process_here_of_the_number_of_one_on_another_machine_is_signalled(
