@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,11 @@ RATES = f"""{SWEEP.replace("  seed:", "  train.lr: [1e-3, 3e-3, 9e-3]" + chr(10)
 def best(told: Tell) -> Any:  # noqa: F811
     """A ladder from padding to crossing: what each arm loses in validation at each rate is given."""
 
-    def run(losses: dict[tuple[str, str], float | None], arms: str = "padding, wide, crossing") -> Ladder:
+    def run(
+        losses: dict[tuple[str, str], float | None],
+        arms: str = "padding, wide, crossing",
+        failed: Collection[tuple[str, str]] = (),
+    ) -> Ladder:
         text = RATES.replace("  up: [", f"  best: {{arms: [{arms}], best: train.lr}}\n  up: [")
         made = told(scores, text)
         rows = []
@@ -173,7 +178,10 @@ def best(told: Tell) -> Any:  # noqa: F811
             loss = losses.get((row.labels["arm"], row.labels["train.lr"]), 9.0)
             train = row.train.model_copy(update={"validation_loss": loss})
             better = 0.01 * ["1e-3", "3e-3", "9e-3"].index(row.labels["train.lr"])
-            rows.append(row.model_copy(update={"train": train, "average": row.average + better}))
+            found = {"train": train, "average": row.average + better}
+            if (row.labels["arm"], row.labels["train.lr"]) in failed:
+                found = {"train": None, "average": None, "train_state": "failed", "state": "failed"}
+            rows.append(row.model_copy(update=found))
         report = Report(sweep="demo", baseline="padding", rows=tuple(rows), groups=made.groups, verdict=made.text)
         (found,) = [one for one in ladder.climb(made.plan, report) if one.name == "best"]
         return found
@@ -206,6 +214,13 @@ def test_an_arm_at_an_unknown_best_rate_is_told_at_another(best: Any) -> None:
     assert found.seeds == ()
     assert found.whole is None
     assert found.rungs[1].at == {}
+
+
+def test_a_rate_at_which_all_diverged_takes_the_whole_ladder_along(best: Any) -> None:
+    found = best(CHOSEN | {("wide", "1e-3"): None}, failed={("wide", "1e-3")})
+    assert [rung.at["train.lr"] for rung in found.rungs] == ["3e-3", "9e-3", "3e-3"]
+    assert found.rungs[1].failed == ("1e-3",)
+    assert "not to be chosen, as every training failed there: `wide` at 1e-3." in ladder.notes([found])
 
 
 def test_a_grid_of_one_value_asks_for_a_wider_one(best: Any) -> None:

@@ -187,6 +187,22 @@ def test_a_number_stands_beside_another_cells(tmp_path: Path) -> None:
     assert padding["samples_per_s"].ours == pytest.approx(12.8)
 
 
+def test_changes_against_another_baseline_pass_for_those_against_padding(tmp_path: Path) -> None:
+    made, report = finished(tmp_path, text=SWEEP.replace("matrix:", "baseline: best_fit\nmatrix:"))
+    greedy = numbers(paper.compare(made, report), "greedy_released")
+    assert report.baseline == "best_fit"
+    assert {one.our_change for one in greedy.values()} == {None}
+    assert greedy["mmlu"].ours == 0.51
+    assert greedy["speedup"].ours is None
+
+
+def test_an_average_of_other_tasks_stands_beside_the_papers(tmp_path: Path) -> None:
+    made, report = finished(tmp_path, text=SWEEP.replace("tasks: [", "tasks: [needle_4k, "))
+    greedy = numbers(paper.compare(made, report), "greedy_released")
+    assert (greedy["average"].ours, greedy["average"].our_change) == (None, None)
+    assert greedy["mmlu"].ours == 0.51
+
+
 def test_seconds_or_rates_of_unlike_machines_are_subtracted(tmp_path: Path) -> None:
     made, report = finished(tmp_path)
     found = paper.compare(made, report)

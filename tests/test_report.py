@@ -281,11 +281,11 @@ def test_hard_items_count_as_scatter_between_arms(make: Make) -> None:
     found = group.items["copy"]
     assert (found.delta, found.n_items, found.n_seeds) == (pytest.approx(0.04), 100, 1)
     # Four of a hundred differences are 1, so one has a standard deviation of 0.197.
-    assert found.high - found.delta == pytest.approx(1.96 * 0.0197, rel=0.01)
+    assert found.high - found.delta == pytest.approx(1.984 * 0.0197, rel=0.002)
     assert found.low > 0, "unpaired, the standard error of the difference would be 0.07"
     assert group.average_items is not None
     assert group.average_items.delta == pytest.approx(0.02)
-    assert group.average_items.high - 0.02 == pytest.approx(1.96 * 0.0197 / 2, rel=0.01)
+    assert group.average_items.high - 0.02 == pytest.approx(1.984 * 0.0197 / 2, rel=0.002)
     assert group.interval is None, "one seed says nothing about the arm"
 
 
@@ -295,6 +295,73 @@ def test_an_interval_over_items_passes_for_one_over_seeds(make: Make) -> None:
     assert "([+23.6, +36.4])" in text
     assert "nothing about other seeds, and so nothing about the arm" in " ".join(text.split())
     assert "in one seed [of these very models, 95% over test items], `best_fit`" in " ".join(text.split())
+
+
+def test_items_that_all_tell_the_same_make_a_difference_certain(make: Make) -> None:
+    nothing = ([0.0] * 100, [0.0] * 100)
+    sweep = one_seed(make, {"copy": nothing, "swap": nothing})
+    group = sweep.group("best_fit")
+    assert (group.delta, group.items["copy"].low, group.average_items) == (0.0, None, None)
+    assert "[0.0, 0.0]" not in shown(sweep.report(), 200)
+
+
+def scored_by_item(make: Make, given: dict[tuple[str, str, str], list[float] | None]) -> Sweep:
+    """Two seeds; `given`: (arm, seed, task) -> what its items earned, None: not scored; else half of them."""
+    sweep = make(SWEEP.replace("seed: [1, 2, 3]", "seed: [1, 2]"))
+    for cell in sweep.plan.cells:
+        for task, id_ in cell.evals.items():
+            items = given.get((cell.labels["arm"], cell.labels["seed"], task), [0.0, 1.0] * 50)
+            if items is None:
+                sweep.store.manifest_file("eval", id_).unlink()
+                continue
+            sweep.scored(cell, task, sum(items) / len(items), n=len(items), n_total=len(items))
+            write_json(sweep.store.items(id_), items)
+            sweep.finish_with_files(id_)
+    return sweep
+
+
+def test_a_task_that_the_first_seed_lacks_has_no_difference(make: Make) -> None:
+    group = scored_by_item(make, {("best_fit", "1", "copy"): None}).group("best_fit")
+    assert group.items["copy"].n_seeds == 1
+    assert group.items["swap"].n_seeds == 2
+
+
+def test_bounds_over_items_are_of_other_models_than_the_difference(make: Make) -> None:
+    """Seed 2 has one task only: it is in no average, and what it did there in no bound of one."""
+    better = [1.0] * 90 + [0.0] * 10
+    given = {("best_fit", "1", "copy"): [0.0, 1.0] * 49 + [1.0, 1.0], ("best_fit", "2", "swap"): None}
+    group = scored_by_item(make, {**given, ("best_fit", "2", "copy"): better}).group("best_fit")
+    assert (group.n_pairs, group.delta) == (1, pytest.approx(0.005))
+    assert group.average_items is not None
+    assert group.average_items.delta == pytest.approx(0.005)
+    assert group.items["copy"].n_seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0496, "0.0496"), (0.0504, "0.05"), (0.05, "0.05"), (0.049999, "0.049999"), (0.012, "0.012")],
+)
+def test_a_p_value_is_printed_on_the_other_side_of_the_line(value: float, text: str) -> None:
+    assert words.p_value(value) == text
+    assert words.p_value(0.0009) == "< 0.001"
+
+
+def test_an_error_that_is_not_0_is_printed_as_0() -> None:
+    assert (words.error(0.0004), words.error(0.0), words.error(0.0123)) == ("0.04", "0.0", "1.2")
+    assert (words.loss_error(0.0004), words.loss_error(0.0123)) == ("0.0004", "0.012")
+    assert (words.hours(0.0028), words.hours(16.0), words.hours(4.0)) == ("0.0028", "16.0", "4.00")
+    assert (words.detectable(5.23), words.detectable(0.0523), words.detectable(None)) == ("> 100", "5.2", "-")
+
+
+def test_validation_losses_of_unlike_documents_stand_side_by_side_unmarked(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        if cell.labels["arm"] == "best_fit":
+            path = sweep.store.manifest_file("train", cell.train)
+            write_json(path, read_sealed(path) | {"spec": {"arm": {"validation_after_packing": True}}})
+    losses = column(sweep.report(), "scores")["validation loss,\nnats/token"]
+    assert [loss.endswith("(own rows)") for loss in losses] == [False, True]
+    assert "it compares with no other arm's" in " ".join(shown(sweep.report(), 200).split())
 
 
 def test_scores_by_two_protocols_stand_side_by_side_unmarked(make: Make) -> None:

@@ -35,7 +35,7 @@ LEDGER = {
 }
 TRAINED: dict[str, Any] = dict.fromkeys(Train.model_fields) | {
     **{"steps": 20, "cpu_s": 30.0, "wall_s": 15.0, "slots": 4000, "tokens": 2000, "documents": 160},
-    **{"random_weights": False, "device": "cpu", "processes": 1, "threads": 1},
+    **{"random_weights": False, "own_validation": False, "device": "cpu", "processes": 1, "threads": 1},
 }
 SCORED = {"metric": "acc", "stderr": 0.01, "n": 100, "n_total": 100, "partial": False, "left_out": False}
 SCORED |= {"version": 1, "health": {}, "protocol": "0"}
@@ -384,6 +384,30 @@ def test_a_learning_rate_at_the_edge_of_its_grid_passes_for_the_best(told: Tell)
         "how well the learning rate fits (`padding` does best at 2e-3, `padding_free` does best at 1e-3)" in high
     )
     assert "learning rate" not in told(with_effect()).text
+
+
+def test_a_rate_is_best_by_seeds_that_the_others_lack(told: Tell) -> None:
+    """Seed 1 is easy; the middle rate has no other yet."""
+    text = SWEEP.replace("  seed:", "  train.lr: [1e-3, 2e-3, 4e-3]\n  seed:")
+    made = told(with_effect(), text)
+    rows = []
+    for cell in made.plan.cells:
+        rate, seed = cell.labels["train.lr"], int(cell.labels["seed"])
+        loss = {"1e-3": 1.0, "2e-3": 1.1, "4e-3": 1.2}[rate] + seed
+        late = rate == "2e-3" and seed > 1
+        found = row(cell, with_effect()(cell.labels["arm"], seed), validation_loss=None if late else loss)
+        rows.append(found.model_copy(update={"average": None}) if late else found)
+    pooled = groups.pool(rows, made.plan.baseline, lambda row, task: None)
+    (edges,) = [
+        line for line in paragraphs(verdict.write(made.plan, rows, pooled)) if line.startswith("At the edge")
+    ]
+    assert "`best_fit` at the lowest, 1e-3" in edges
+
+
+def test_another_order_or_peak_rate_goes_unmentioned(told: Tell) -> None:
+    text = SWEEP.replace("best_fit]", "sorted]")
+    found = told(with_effect(), text).text
+    assert "the order of conversations (`padding` shuffled, `sorted` " in found
 
 
 # Where the numbers come from ---------------------------------------------------------------------------

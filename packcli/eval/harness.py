@@ -34,8 +34,9 @@ class TaskResult:
 
     `score` and `stderr` are fractions of 1, over all items of all parts; `stderr` is NaN for a single item. `n` of
     the task's `n_total` items were scored: fewer means a partial run, by a limit or for the reason in `left_out`.
-    `health` says how far the score can be trusted, each a share of the `n` items: `truncated` (the prompt did not
-    fit and lost its beginning); for generated answers also `empty` (nothing was written), `no_answer` (none was
+    `health` says how far the score can be trusted, each a share of the `n` items: `truncated` (of the prompts, of
+    which an item may have several: it did not fit and lost its beginning); for generated
+    answers also `empty` (nothing was written), `no_answer` (none was
     found in it) and `cut` (it reached the length limit), and `mean_tokens`, a number of tokens; and the scores
     beside the headline by the name of their filter or metric.
     `parts` are score and `n` of each part of a task that has several. `protocol` says how the items were asked.

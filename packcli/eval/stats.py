@@ -65,7 +65,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     mean, stderr = mean_stderr([right - left for left, right in zip(a, b, strict=True)])
     if stderr is None:
         return Difference(mean, None, None, n, None, None, None)
-    margin = _critical(n - 1) * stderr
+    margin = critical(n - 1) * stderr
     return Difference(mean, mean - margin, mean + margin, n, detectable(stderr, n), _p(mean, stderr, n), stderr)
 
 
@@ -75,7 +75,7 @@ def detectable(stderr: float, n: int, comparisons: int = 1) -> float:
     Found: two-sided, 5% over all `comparisons`, each tested at its share as in Bonferroni's correction, which is
     the first step of Holm's.
     """
-    return stderr * _noncentrality(n - 1, _critical(n - 1, comparisons))
+    return stderr * _noncentrality(n - 1, critical(n - 1, comparisons))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -100,7 +100,7 @@ def _p(mean: float, stderr: float, n: int) -> float | None:
 
 
 @functools.cache
-def _critical(degrees: int, comparisons: int = 1) -> float:
+def critical(degrees: float, comparisons: int = 1) -> float:
     """Standard errors on each side that hold 95% of Student's t, or what each of several tests is left of it."""
     from scipy import special
 

@@ -206,11 +206,12 @@ class Job:
             time.sleep(1.0)
 
     def _report(self) -> None:
-        from packcli.report import render, rows
+        from packcli.report import ladder, render, rows
 
         collected = rows.collect(self.plan, self.store)
         clear_unfinished(self.store.sweep(self.plan.name))
-        for suffix, text in (("md", render.markdown(collected)), ("json", render.json_text(collected))):
+        json = render.json_text(collected, ladders=ladder.climb(self.plan, collected))
+        for suffix, text in (("md", render.markdown(collected)), ("json", json)):
             with atomic_write(self.store.report(self.plan.name, suffix)) as file:
                 file.write(text.encode())
         sys.stdout.write(render.markdown(collected))  # its log

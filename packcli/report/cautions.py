@@ -51,6 +51,8 @@ def _rate(item: Mapping[str, Any]) -> float:
 
 def _idle(rows: float, gpus: int) -> float:
     """Share of the GPUs' time, if rows take equally long; steps have whole numbers of them, `rows` on average."""
+    if not rows:
+        return 0.0  # nothing is trained
     fewer, part = math.floor(rows), rows % 1
     rounds = (1 - part) * math.ceil(fewer / gpus) + part * math.ceil((fewer + 1) / gpus)
     return 1 - rows / (gpus * rounds)

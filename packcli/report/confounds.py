@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from packcli import batching
 from packcli.log import plain
 from packcli.plan import TrainOrder
 from packcli.report import words
-from packcli.report.records import Group, Train
+from packcli.report.records import Group, Row, Train
 
 STEPS = 0.2
 """Steps, or documents a step, that differ by more than this share of the baseline's are named."""
@@ -68,6 +70,9 @@ def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
         _shares("documents cut over rows", base, others, _cut, CUT),
         _crossing(base, others),
         _marked(base, others),
+        _differs("what is held out", "validation_after_packing", base, others),
+        _differs("the order of conversations", "order", base, others),
+        _numbers("peak learning rate", base, others, _peak_rate, "{:.3g}"),
         _grouped(base, others),
         _loss(base, others),
         _elsewhere(base, others),
@@ -91,14 +96,18 @@ def sentence(base: Arm, others: Sequence[Arm]) -> list[str]:
 Measure = Callable[[Arm], float | None]
 
 
-def _numbers(what: str, base: Arm, others: Sequence[Arm], measure: Measure) -> Unlike | None:
+def _numbers(what: str, base: Arm, others: Sequence[Arm], measure: Measure, written: str = "") -> Unlike | None:
     own = measure(base)
     if not own:
         return None
     values = [(arm, value) for arm in others if (value := measure(arm)) is not None]
     unlike = [(arm, value) for arm, value in values if abs(value / own - 1) > STEPS]
-    told = [f"{arm.name} {words.count(round(value, 1))}" for arm, value in unlike]
-    text = f"{what} ({base.name} {words.count(round(own, 1))}, {', '.join(told)})"
+
+    def shown(value: float) -> str:
+        return written.format(value) if written else words.count(round(value, 1))
+
+    told = [f"{arm.name} {shown(value)}" for arm, value in unlike]
+    text = f"{what} ({base.name} {shown(own)}, {', '.join(told)})"
     return Unlike(text, [arm for arm, _ in unlike])
 
 
@@ -124,6 +133,21 @@ def _marked(base: Arm, others: Sequence[Arm]) -> Unlike:
     unlike = [arm for arm in others if arm.order.arm.boundary != own]
     told = [f"{arm.name} {arm.order.arm.boundary}" for arm in unlike]
     return Unlike(f"tokens between documents ({base.name} {own}, {', '.join(told)})", unlike)
+
+
+def _differs(what: str, field: str, base: Arm, others: Sequence[Arm]) -> Unlike:
+    own = getattr(base.order.arm, field)
+    unlike = [(arm, value) for arm in others if (value := getattr(arm.order.arm, field)) != own]
+    told = [f"{arm.name} {_said(value)}" for arm, value in unlike]
+    return Unlike(f"{what} ({base.name} {_said(own)}, {', '.join(told)})", [arm for arm, _ in unlike])
+
+
+def _said(value: object) -> str:
+    return (
+        {True: "rows, after packing", False: "conversations"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _grouped(base: Arm, others: Sequence[Arm]) -> Unlike:
@@ -159,6 +183,11 @@ def _documents(arm: Arm) -> float | None:
     return found.documents / found.steps if found and found.documents and found.steps else None
 
 
+def _peak_rate(arm: Arm) -> float | None:
+    documents = _documents(arm)
+    return None if documents is None else batching.peak_lr(arm.order.train, documents)
+
+
 def _lost(arm: Arm) -> float | None:
     """Share of the training tokens that no row holds."""
     ledger = arm.group.ledger
@@ -183,24 +212,32 @@ def without_rate(group: Group) -> Key:
     return frozenset(item for item in group.labels.items() if item[0] != RATE)
 
 
-def grids(groups: Sequence[Group]) -> dict[Key, Grid]:
+def grids(groups: Sequence[Group], rows: Sequence[Row]) -> dict[Key, Grid]:
     """By all labels but the rate: which of several did best, by validation loss if all have one, else by score."""
     members: dict[Key, list[Group]] = {}
     for group in groups:
         if RATE in group.labels:
             members.setdefault(without_rate(group), []).append(group)
-    return {key: grid for key, own in members.items() if (grid := _grid(own)) is not None}
+    members = {key: own for key, own in members.items() if len(own) > 1}
+    of_group: dict[Key, list[Row]] = {}
+    for row in rows if members else ():
+        labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
+        of_group.setdefault(labels, []).append(row)
+    found = {}
+    for key, own in members.items():
+        if (grid := _grid(own, [of_group[frozenset(group.labels.items())] for group in own])) is not None:
+            found[key] = grid
+    return found
 
 
-def _grid(groups: list[Group]) -> Grid | None:
-    losses = [group.train.validation_loss if group.train else None for group in groups]
-    by = "validation loss"
-    values = [-loss for loss in losses if loss is not None]
-    if len(values) < len(groups):
-        by, values = "average score", [group.average for group in groups if group.average is not None]
-    if len(groups) < 2 or len(values) < len(groups):
+def _grid(groups: list[Group], rows: list[list[Row]]) -> Grid | None:
+    by, measures = "validation loss", [_by_seed(own, _negative_loss) for own in rows]
+    if not common(measures):
+        by, measures = "average score", [_by_seed(own, lambda row: row.average) for own in rows]
+    if not (seeds := common(measures)):
         return None
-    best = groups[max(range(len(groups)), key=values.__getitem__)]
+    means = [math.fsum(own[seed] for seed in seeds) for own in measures]
+    best = groups[max(range(len(groups)), key=means.__getitem__)]
     return Grid(
         arm=best.arm,
         setting={axis: value for axis, value in best.setting.items() if axis != RATE},
@@ -210,11 +247,26 @@ def _grid(groups: list[Group]) -> Grid | None:
     )
 
 
+def _by_seed(rows: Sequence[Row], measure: Callable[[Row], float | None]) -> dict[str, float]:
+    found = {row.labels.get("seed", ""): measure(row) for row in rows}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _negative_loss(row: Row) -> float | None:
+    loss = row.train.validation_loss if row.train else None
+    return None if loss is None else -loss
+
+
+def common(values: Sequence[Mapping[str, object]]) -> list[str]:
+    """The seeds that all have: means over others would not compare."""
+    return [seed for seed in values[0] if all(seed in own for own in values)] if values else []
+
+
 def rates(found: dict[Key, Grid]) -> list[str]:
-    """One line for each setting in which an arm does best at the end of its grid."""
-    members: dict[Key, list[Grid]] = {}
+    """One line for each setting, and grid, in which an arm does best at the end of its grid."""
+    members: dict[tuple[Key, tuple[str, ...], str], list[Grid]] = {}
     for grid in found.values():
-        members.setdefault(frozenset(grid.setting.items()), []).append(grid)
+        members.setdefault((frozenset(grid.setting.items()), grid.rates, grid.by), []).append(grid)
     return [line for own in members.values() if (line := _edges(own))]
 
 

@@ -113,7 +113,7 @@ def _spent(base: Arm, found: Timing) -> str:
     run = found.arm.trains[0]
     if own.wall_s is None or other.wall_s is None or run.processes is None or run.device is None:
         return ""
-    hours = [words.seconds(time * run.processes / 3600) for time in (other.wall_s, own.wall_s)]
+    hours = [words.hours(time * run.processes / 3600) for time in (other.wall_s, own.wall_s)]
     return f"{hours[0]} GPU-hours a run against {hours[1]} ({run.device})"
 
 

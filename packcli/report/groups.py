@@ -29,10 +29,8 @@ Pairs = list[tuple[Row, Row]]
 Credits = Callable[[Row, str], Sequence[float | None] | NDArray[np.float64] | None]
 """What each item of a task earned with the model of a row, 0 to 1, in the task's own order; None: not known."""
 
-Z = 1.959964
-"""Standard errors on each side that hold 95% of a normal distribution: tasks have a hundred items or more."""
-_NO_SCATTER = 1e-9
-"""A standard error of less, as a fraction of 1, is rounding: scores step by at least 1 item of a task."""
+NO_SCATTER = 1e-9
+"""What is narrower, as a fraction of 1, is rounding: scores step by at least 1 item of a task."""
 
 
 def pool(rows: Sequence[Row], baseline: str | None, credits: Credits) -> tuple[Group, ...]:
@@ -78,7 +76,7 @@ def _contrast(pairs: Pairs) -> _Contrast:
     if not both:
         return _Contrast()
     found = stats.paired_difference([a for a, _ in both], [b for _, b in both])
-    if found.low is None or found.high is None or found.high - found.low < _NO_SCATTER:
+    if found.low is None or found.high is None or found.high - found.low < NO_SCATTER:
         # Seeds that happen to agree to the last item do not make a difference certain.
         return _Contrast(found.n, found.mean)
     return _Contrast(found.n, found.mean, (found.low, found.high), found.stderr, found.p)
@@ -102,6 +100,9 @@ def _group(rows: list[Row], pairs: Pairs, contrast: _Contrast, credits: Credits)
     pooled = {task: score for task in tasks if (score := _task(rows, task)) is not None}
     differences = _by_item(pairs, credits)
     averaged = protocol.averaged(tasks)
+    # Bounds of `delta` are of the very models that it is a mean over.
+    whole = [pair for pair in pairs if all(row.average is not None for row in pair)]
+    of_whole = differences if len(whole) == len(pairs) else _by_item(whole, credits)
     return Group(
         labels={axis: value for axis, value in rows[0].labels.items() if axis != "seed"},
         n_seeds=len(averages),
@@ -123,7 +124,7 @@ def _group(rows: list[Row], pairs: Pairs, contrast: _Contrast, credits: Credits)
         eval=pooled,
         left_out=_left_out(rows),
         items={task: found.stated() for task, found in differences.items()},
-        average_items=_mean_of(differences, averaged),
+        average_items=_mean_of(of_whole, averaged),
         speedup=_speedup(pairs),
         slot_ratio=_ratio(pairs, _slots)[0],
         probes=tuple(row.probes for row in rows if row.probes is not None),
@@ -136,16 +137,19 @@ def _count(states: list[State]) -> dict[State, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """A difference over test items, each a mean over the seeds."""
+    """A difference over `n` test items, each a mean over the seeds; `freedom`: degrees of it in the error."""
 
     mean: float
     stderr: float
     n: int
     n_seeds: int
+    freedom: float
 
     def stated(self) -> ItemDifference:
-        margin = Z * self.stderr
-        low, high = self.mean - margin, self.mean + margin
+        margin = stats.critical(self.freedom) * self.stderr
+        # Items that all tell the same do not make a difference certain.
+        bounds = (None, None) if self.stderr < NO_SCATTER else (self.mean - margin, self.mean + margin)
+        low, high = bounds
         return ItemDifference(delta=self.mean, low=low, high=high, n_items=self.n, n_seeds=self.n_seeds)
 
 
@@ -155,7 +159,7 @@ def _by_item(pairs: Pairs, credits: Credits) -> dict[str, _Items]:
     Their protocols are one: all labels but the arm agree, and an arm sets nothing of `eval`.
     """
     found = {}
-    for task in pairs[0][1].eval if pairs else ():
+    for task in dict.fromkeys(task for _, own in pairs for task in own.eval):
         scored = [
             (a, b) for a, b in pairs if all(task in row.eval and not row.eval[task].left_out for row in (a, b))
         ]
@@ -172,18 +176,24 @@ def _by_item(pairs: Pairs, credits: Credits) -> dict[str, _Items]:
         items = items[~np.isnan(items)]
         if len(items) > 1:
             stderr = float(items.std(ddof=1)) / math.sqrt(len(items))
-            found[task] = _Items(float(items.mean()), stderr, len(items), len(differences))
+            found[task] = _Items(float(items.mean()), stderr, len(items), len(differences), len(items) - 1)
     return found
 
 
 def _mean_of(differences: dict[str, _Items], tasks: Collection[str]) -> ItemDifference | None:
-    """Of the unweighted mean over tasks, which share no items; None unless it is known for all of them."""
+    """Of the unweighted mean over tasks, which share no items; None unless it is known for all of them, and where
+    no item tells anything else than the others. Degrees of freedom: Welch and Satterthwaite's.
+    """
     found = [differences[task] for task in tasks if task in differences]
     if not found or len(found) < len(tasks):
         return None
     mean = math.fsum(one.mean for one in found) / len(found)
-    stderr = math.sqrt(math.fsum(one.stderr**2 for one in found)) / len(found)
-    return _Items(mean, stderr, sum(one.n for one in found), min(one.n_seeds for one in found)).stated()
+    variance = math.fsum(one.stderr**2 for one in found)
+    stderr = math.sqrt(variance) / len(found)
+    if stderr < NO_SCATTER:
+        return None
+    freedom = variance**2 / math.fsum(one.stderr**4 / one.freedom for one in found)
+    return _Items(mean, stderr, sum(one.n for one in found), min(one.n_seeds for one in found), freedom).stated()
 
 
 def _task(rows: list[Row], task: str) -> PooledScore | None:
@@ -226,12 +236,19 @@ def _train(rows: list[Row]) -> TrainMeans | None:
     trains = [row.train for row in rows if row.train is not None]
     if not trains:
         return None
-    names = [name for name in TrainMeans.model_fields if name in Train.model_fields and name != "device"]
+    own = ("device", "own_validation")
+    names = [name for name in TrainMeans.model_fields if name in Train.model_fields and name not in own]
     means = {name: _mean([getattr(train, name) for train in trains]) for name in names}
     losses = [train.validation_loss for train in trains if train.validation_loss is not None]
     stderr = mean_stderr(losses)[1] if losses else None
     device = trains[0].device if len({train.device for train in trains}) == 1 else None
-    return TrainMeans(n=len(trains), validation_loss_stderr=stderr, device=device, **means)
+    return TrainMeans(
+        n=len(trains),
+        validation_loss_stderr=stderr,
+        device=device,
+        own_validation=any(train.own_validation for train in trains),
+        **means,
+    )
 
 
 def _ledger(rows: list[Row]) -> dict[str, float] | None:

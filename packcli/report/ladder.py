@@ -24,11 +24,10 @@ from packcli.config import Spec
 from packcli.eval import stats
 from packcli.log import plain
 from packcli.plan import Plan, TrainOrder
-from packcli.report import words
-from packcli.report.records import Interval, Report, Row
+from packcli.report import confounds, words
+from packcli.report.groups import NO_SCATTER
+from packcli.report.records import SIGNIFICANT, Interval, Report, Row
 from packcli.report.sheets import Cell, Sheet
-
-_NO_SCATTER = 1e-9
 
 
 class Effect(Spec):
@@ -48,13 +47,15 @@ class Effect(Spec):
 class Rung(Spec):
     """An arm, `changes`: what differs from the one before it, `effect`: what that does. Both empty for the first.
 
-    `at`: the value of the ladder's `best` axis that it stands at; `at_end`: no value tried lies beyond it.
+    `at`: the value of the ladder's `best` axis that it stands at; `at_end`: no value tried lies beyond it;
+    `failed`: values at which every training failed, which cannot be chosen.
     `average`: mean score over the ladder's seeds; `steps`, `documents_per_step`: of its trainings.
     """
 
     arm: str
     at: dict[str, str] = Field(default_factory=dict)
     at_end: bool = False
+    failed: tuple[str, ...] = ()
     changes: tuple[str, ...]
     average: float | None
     steps: float | None
@@ -79,6 +80,7 @@ class _Stand:
     rows: Mapping[str, Row]
     at: dict[str, str]
     at_end: bool = False
+    failed: tuple[str, ...] = ()
 
 
 def climb(plan: Plan, report: Report) -> tuple[Ladder, ...]:
@@ -105,18 +107,25 @@ def _stand(rows: Sequence[Row], best: str | None) -> _Stand:
         values.setdefault(row.labels[best] if best else "", {})[row.labels.get("seed", "")] = row
     if best is None:
         return _Stand(values[""], {})
-    losses = {
-        value: {seed: row.train.validation_loss for seed, row in own.items() if row.train}
+    every = {
+        value: {
+            seed: row.train.validation_loss
+            for seed, row in own.items()
+            if row.train and row.train.validation_loss is not None
+        }
         for value, own in values.items()
     }
-    seeds = [
-        seed for seed in next(iter(losses.values())) if all(own.get(seed) is not None for own in losses.values())
-    ]
-    if not seeds:
-        return _Stand({}, {})
-    means = {value: math.fsum(own[seed] or 0.0 for seed in seeds) / len(seeds) for value, own in losses.items()}
+    # One at which all failed, say diverged, is none to choose; one that was not trained yet might be the best.
+    failed = tuple(
+        value for value, own in values.items() if all(row.train_state == "failed" for row in own.values())
+    )
+    losses = {value: own for value, own in every.items() if value not in failed}
+    if not (seeds := confounds.common(list(losses.values()))):
+        return _Stand({}, {}, failed=failed)
+    means = {value: math.fsum(own[seed] for seed in seeds) / len(seeds) for value, own in losses.items()}
     chosen = min(means, key=means.__getitem__)
-    return _Stand(values[chosen], {best: chosen}, len(values) > 1 and chosen in _ends(list(values)))
+    at_end = len(losses) > 1 and chosen in _ends(list(losses))
+    return _Stand(values[chosen], {best: chosen}, at_end, failed)
 
 
 def _ends(values: Sequence[str]) -> tuple[str, ...]:
@@ -143,6 +152,7 @@ def _ladder(name: str, setting: dict[str, str], stands: Mapping[str, _Stand], pl
                 arm=arm,
                 at=stand.at,
                 at_end=stand.at_end,
+                failed=stand.failed,
                 changes=_changes(stands[before], stand, plan) if before is not None else (),
                 average=sum(of[arm]) / len(seeds) if seeds else None,
                 steps=_mean([row.train.steps for row in stand.rows.values() if row.train]),
@@ -167,7 +177,7 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 def _effect(before: list[float], after: list[float]) -> Effect:
     found = stats.paired_difference(before, after)
-    if found.low is None or found.high is None or found.high - found.low < _NO_SCATTER:
+    if found.low is None or found.high is None or found.high - found.low < NO_SCATTER:
         return Effect(delta=found.mean)
     return Effect(delta=found.mean, interval=(found.low, found.high), stderr=found.stderr, p=found.p)
 
@@ -286,11 +296,10 @@ def _row(rung: Rung) -> list[Cell]:
 def _effect_cells(effect: Effect | None) -> list[Cell]:
     if effect is None:
         return [Cell(""), Cell(""), Cell("")]
-    shown = effect.p_holm is not None and effect.p_holm < 0.05
+    shown = effect.p_holm is not None and effect.p_holm < SIGNIFICANT
     bounds = f"\n{words.interval(effect.interval)}" if effect.interval else ""
-    p = "" if effect.p_holm is None else "<0.001" if effect.p_holm < 0.001 else f"{effect.p_holm:.2g}"
-    detectable = words.percent(effect.detectable) if (effect.detectable or 0) <= 1 else "> 100"
-    return [Cell("", f"{words.points(effect.delta)}{bounds}", shown), Cell(p or words.NONE), Cell(detectable)]
+    points = Cell("", f"{words.points(effect.delta)}{bounds}", shown)
+    return [points, Cell(words.p_value(effect.p_holm)), Cell(words.detectable(effect.detectable))]
 
 
 def notes(ladders: Sequence[Ladder]) -> list[str]:
@@ -304,7 +313,7 @@ def notes(ladders: Sequence[Ladder]) -> list[str]:
         *told,
         "points: average score against the arm above it, mean over the seeds that all arms of the ladder have, "
         "paired by seed; its 95% interval (Student's t) for this rung alone. p is corrected over all rungs and "
-        "sums of these ladders (Holm); bold where it is below 0.05. Rungs add up to the last row.",
+        f"sums of these ladders (Holm); bold where it is below {SIGNIFICANT}. Rungs add up to the last row.",
         "What a factor does hangs on those before it: compare ladders that take them in another order.",
     ]
     several = [
@@ -324,6 +333,11 @@ def notes(ladders: Sequence[Ladder]) -> list[str]:
     if ends := [f"`{rung.arm}`" for ladder in ladders for rung in ladder.rungs if rung.at_end]:
         arms = words.listed(list(dict.fromkeys(ends)))
         lines.append(f"best at an end of its grid: {arms}. A wider grid may move these rungs.")
+    if lost := [
+        f"`{rung.arm}` at {value}" for ladder in ladders for rung in ladder.rungs for value in rung.failed
+    ]:
+        arms = words.listed(list(dict.fromkeys(lost)))
+        lines.append(f"not to be chosen, as every training failed there: {arms}.")
     if thin := [ladder.name for ladder in ladders if len(ladder.seeds) < 2]:
         names = words.listed(list(dict.fromkeys(thin)))
         lines.append(f"no interval for {names}: it takes two seeds that are scored in every arm.")

@@ -71,6 +71,11 @@ def legend(report: Report) -> list[str]:
             "difference ([low, high]): 95% over test items, paired item by item, of these very models; it says "
             "nothing about other seeds, and so nothing about the arm."
         )
+    if any(group.train and group.train.own_validation for group in report.groups):
+        lines.append(
+            "validation loss of own rows: of what that arm's packing put into the rows it held out, as the "
+            "paper's code did; it compares with no other arm's."
+        )
     if any(group.left_out for group in report.groups):
         lines.append("partial n/N: rows that this machine could not score; the score stands in no mean.")
     if any(group.probes for group in report.groups):

@@ -12,6 +12,7 @@ from importlib import resources
 from packcli import papersteps
 from packcli.config import ARMS, ArmSpec, Spec
 from packcli.data.hub import PAPER_SETS
+from packcli.eval import protocol
 from packcli.log import plain
 from packcli.plan import Cell as PlanCell
 from packcli.plan import Plan
@@ -73,7 +74,7 @@ class Number(Spec):
 
 
 class Against(Spec):
-    """`unlike`: in which settings of training our runs are not the paper's."""
+    """`unlike`: in which of epochs, batch, row length and data our runs are not the paper's."""
 
     numbers: tuple[Number, ...]
     unlike: tuple[str, ...]
@@ -136,11 +137,19 @@ class Against(Spec):
 def compare(plan: Plan, report: Report) -> Against:
     """Every printed number that a group of `report` is a counterpart of."""
     cells = {_labels(cell): cell for cell in reversed(plan.cells)}
+    to_padding = {
+        key - {("arm", plan.baseline or "")}
+        for key, cell in cells.items()
+        if cell.labels.get("arm") == plan.baseline
+        if (found := _counterpart(cell, plan)) and found[2] == "padding"
+    }
     numbers, unlike = list[Number](), dict[str, None]()
     for group in report.groups:
         cell = cells[frozenset(group.labels.items())]
         if (key := _counterpart(cell, plan)) is not None:
-            numbers += _numbers(group, *key, plan.trains[cell.train].train.epochs)
+            # The paper's changes are against padding; ours are against whatever is the baseline.
+            compares = frozenset(group.setting.items()) in to_padding
+            numbers += _numbers(group, *key, plan.trains[cell.train].train.epochs, compares=compares)
             unlike.update(dict.fromkeys(_unlike(cell, plan, key[0])))
     return Against(numbers=tuple(numbers), unlike=tuple(unlike))
 
@@ -178,11 +187,14 @@ def _unlike(cell: PlanCell, plan: Plan, model: str) -> list[str]:
     return [f"{model} has {text}" for text, differs in found.items() if differs]
 
 
-def _numbers(group: Group, model: str, dataset: str, arm: str, epochs: int | None) -> list[Number]:
+def _numbers(
+    group: Group, model: str, dataset: str, arm: str, epochs: int | None, *, compares: bool
+) -> list[Number]:
+    """`compares`: whether our differences are to a counterpart of the paper's padding."""
     printed, padding = (_printed(model, dataset, one) for one in (arm, "padding"))
 
     def number(measure: str, paper: float, ours: float | None, **rest: float | None) -> Number:
-        compares = measure in (*SCORES, "steps", "speedup")
+        alike = measure in (*SCORES, "steps", "speedup")
         marks = [*_marks(model, dataset, arm, measure), *_our_marks(group, measure)]
         return Number(
             labels=group.labels,
@@ -192,7 +204,7 @@ def _numbers(group: Group, model: str, dataset: str, arm: str, epochs: int | Non
             measure=measure,
             paper=paper,
             ours=ours,
-            difference=ours - paper if compares and ours is not None else None,
+            difference=ours - paper if alike and ours is not None else None,
             paper_change=rest.get("paper_change"),
             our_change=rest.get("our_change"),
             marks=tuple(marks),
@@ -204,13 +216,13 @@ def _numbers(group: Group, model: str, dataset: str, arm: str, epochs: int | Non
             round(printed[task] / 100, 6),
             _our_score(group, task),
             paper_change=None if arm == "padding" else round((printed[task] - padding[task]) / 100, 6),
-            our_change=_our_change(group, task),
+            our_change=_our_change(group, task) if compares else None,
         )
         for task in SCORES
     ]
     if arm != "padding":
         ratio = padding["steps"] / padding["steps_per_s"] / (printed["steps"] / printed["steps_per_s"])
-        found.append(number("speedup", ratio, group.speedup.wall if group.speedup else None))
+        found.append(number("speedup", ratio, group.speedup.wall if group.speedup and compares else None))
     ours = _our_rates(group, epochs)
     return found + [
         number(measure, printed[measure], ours.get(measure)) for measure in _TIMES if measure != "speedup"
@@ -219,8 +231,9 @@ def _numbers(group: Group, model: str, dataset: str, arm: str, epochs: int | Non
 
 def _our_score(group: Group, task: str) -> float | None:
     if task == "average":
-        complete = set(SCORES[:6]) <= group.eval.keys() and not any(group.eval[one].partial for one in SCORES[:6])
-        return group.average if complete else None
+        same = set(protocol.averaged(group.task_states)) == set(SCORES[:6]) <= group.eval.keys()
+        whole = same and not any(group.eval[one].partial for one in SCORES[:6])
+        return group.average if whole else None
     score = group.eval.get(task)
     return None if score is None or score.partial else score.score
 

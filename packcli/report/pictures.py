@@ -153,7 +153,7 @@ def _point(group: Group) -> Point | None:
         low, high = (100 * end for end in group.interval)
         p = f", p {words.p_value(group.p_holm)}" if group.p_holm is not None else ""
         return Point(name, value, f"{text} {words.interval(group.interval)}{p}", low, high, "seeds", group.shown)
-    if (items := group.average_items) is not None:
+    if (items := group.average_items) is not None and items.low is not None and items.high is not None:
         shown = f"{text} ({words.interval((items.low, items.high))})"
         return Point(name, value, shown, 100 * items.low, 100 * items.high, "items", False)
     return Point(name, value, f"{text}, no interval", None, None, "items", False)
@@ -189,6 +189,8 @@ def _loss(one: _Setting) -> Charts:
         f"Thin: one seed (at most {SEEDS}), mean over 1/{gather.SMOOTHING} of its steps; thick: median of seeds. "
         "Arms that weight documents otherwise average otherwise: compare validation loss."
     )
+    if any(group.train and group.train.own_validation for group in one.trained):
+        caption += " That of arms with held-out rows of their own compares with none."
     if missing:
         caption += f" Left out: {missing} whose log cannot be read."
     y_name = "loss, nats per supervised token"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packcli.errors import ConfigError
+from packcli.errors import ConfigError, IntegrityError
 from packcli.log import plain
 from packcli.report import figures, rows, words
 from packcli.report.records import Report
@@ -54,7 +54,11 @@ def of_cells(report: Report, store: Store, directory: Path) -> list[Path]:
     written = []
     for row in report.rows:
         evals = {name.removeprefix("eval "): id_ for name, id_ in row.ids.items()}
-        if found := rows.probes_of(evals, store):
+        try:
+            found = rows.probes_of(evals, store)
+        except IntegrityError:  # the report names it
+            continue
+        if found:
             labels = words.name(row.labels)
             place = "probes-" + re.sub(r"[^A-Za-z0-9._=-]+", "-", labels)[:80]
             written += draw({**found, "checkpoint": labels}, directory / f"{place}-{row.cell[:6]}")

@@ -18,7 +18,8 @@ class Train(Spec):
     """A finished training. `tokens`, `slots`, `supervised` and `documents` (that start in its rows) are of the
     whole run; `efficiency` is the ledger's.
 
-    `mfu` is null where the peak of the device is unknown, as on CPUs.
+    `mfu` is null where the peak of the device is unknown, as on CPUs. `own_validation`: its validation loss is of
+    rows that were held out after packing (`validation_after_packing`), and compares with no other arm's.
     """
 
     steps: int | None
@@ -30,6 +31,7 @@ class Train(Spec):
     efficiency: float | None
     final_loss: float | None
     validation_loss: float | None
+    own_validation: bool = False
     tokens: int | None
     slots: int | None
     supervised: int | None
@@ -87,12 +89,13 @@ class Failure(Spec):
 class ItemDifference(Spec):
     """Difference to the baseline on the same `n_items` test items of the same `n_seeds` pairs of models.
 
-    `low`, `high`: 95% over items. It holds for these models: of other seeds it says nothing.
+    `low`, `high`: 95% over items (Student's t), null where all items tell the same. It holds for these models: of
+    other seeds it says nothing.
     """
 
     delta: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n_items: int
     n_seeds: int
 
@@ -139,6 +142,7 @@ class TrainMeans(Spec):
     final_loss: float | None
     validation_loss: float | None
     validation_loss_stderr: float | None
+    own_validation: bool = False
     tokens: float | None
     slots: float | None
     documents: float | None
@@ -186,8 +190,8 @@ class Group(Spec):
     over all differences of the report (Holm), and `detectable` the smallest effect that such a report finds in 80%
     of repetitions, corrected as Holm's first step is. All four are null for fewer than two pairs, and where the
     pairs do not scatter at all. `items`: the difference of each task over its test items; `average_items`: of
-    their unweighted mean. `left_out`: by task, "n/N" of the scores that stand in no mean, because the machine
-    could not score all rows. `probes`: of each seed that has them.
+    their unweighted mean, over the pairs that `delta` is of. `left_out`: by task, "n/N" of the scores that stand
+    in no mean, because the machine could not score all rows. `probes`: of each seed that has them.
     """
 
     labels: dict[str, str]

@@ -199,15 +199,21 @@ def _failure(kind: Kind, id_: str, plan: Plan, store: Store) -> Failure:
         return Failure(stage=stage, cause="its failure.json cannot be read", fix="")
 
 
+_OF_ITS_OWN = ("efficiency", "random_weights", "own_validation")
+
+
 def _train(manifest: Manifest, ledger: Mapping[str, float] | None) -> Train:
     results = manifest.results
     efficiency = ledger.get("efficiency") if ledger else None
     if efficiency is None and results.get("slots"):
         efficiency = results["tokens"] / results["slots"]
-    found = {
-        name: results.get(name) for name in Train.model_fields if name not in ("efficiency", "random_weights")
-    }
-    return Train(**found, efficiency=efficiency, random_weights=bool(results.get("random_weights")))
+    found = {name: results.get(name) for name in Train.model_fields if name not in _OF_ITS_OWN}
+    return Train(
+        **found,
+        efficiency=efficiency,
+        random_weights=bool(results.get("random_weights")),
+        own_validation=bool((manifest.spec.get("arm") or {}).get("validation_after_packing")),
+    )
 
 
 def _score(results: Mapping[str, Any], protocol_: str) -> Score:

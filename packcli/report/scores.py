@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from packcli.log import plain
+from packcli.report import words
 from packcli.report.notes import TRUNCATED
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             escape(result["task"]),
             escape(result["metric"]),
             f"{100 * result['score']:.1f}",
-            f"{100 * result['stderr']:.1f}",
+            words.error(result["stderr"]),
             f"{result['n']:,}{partial}",
             f"{result['n_total']:,}",
             escape(health),

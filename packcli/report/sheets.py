@@ -152,8 +152,8 @@ def _states(found: Mapping[State, int], total: int) -> Cell:
 
 def _error(seeds: float | None, items: float | None) -> str:
     if seeds is not None:
-        return f" ± {words.percent(seeds)}"
-    return f" (± {words.percent(items)})" if items is not None else ""
+        return f" ± {words.error(seeds)}"
+    return f" (± {words.error(items)})" if items is not None else ""
 
 
 def _overall(report: Report) -> list[Column]:
@@ -167,7 +167,7 @@ def _overall(report: Report) -> list[Column]:
         if any(group.p_holm is not None for group in groups):
             columns.append(("p\n(Holm)", lambda group: Cell(words.p_value(group.p_holm), value=group.p_holm)))
         if report.baseline is not None:
-            columns.append(("detectable", _detectable))
+            columns.append(("detectable,\npoints", _detectable))
         columns.append(("seeds\nscored", lambda group: _counted(group.n_seeds, group.n_cells)))
     if any(group.train and group.train.validation_loss is not None for group in groups):
         columns.append(("validation loss,\nnats/token", _validation))
@@ -189,14 +189,13 @@ def _delta(group: Group, baseline: str) -> Cell:
     bounds = "no interval"
     if group.interval:
         bounds = words.interval(group.interval)
-    elif found := group.average_items:
-        bounds = f"({words.interval((found.low, found.high))})"
+    elif over_items := words.over_items(group.average_items):
+        bounds = f"({over_items})"
     return Cell("", f"{words.points(group.delta)}\n{bounds}", group.shown, value=group.delta)
 
 
 def _detectable(group: Group) -> Cell:
-    text = words.NONE if group.detectable is None else f"{100 * group.detectable:.1f}"
-    return Cell(text, value=group.detectable)
+    return Cell(words.detectable(group.detectable), value=group.detectable)
 
 
 def _counted(number: int, of: int) -> Cell:
@@ -207,7 +206,8 @@ def _validation(group: Group) -> Cell:
     if group.train is None:
         return _states(group.train_states, group.n_cells)
     stderr, loss = group.train.validation_loss_stderr, group.train.validation_loss
-    return Cell(words.loss(loss) + (f" ± {words.loss(stderr)}" if stderr is not None else ""), value=loss)
+    text = words.loss(loss) + (f" ± {words.loss_error(stderr)}" if stderr is not None else "")
+    return Cell(f"{text}\n(own rows)" if group.train.own_validation and loss is not None else text, value=loss)
 
 
 def _health(report: Report) -> list[Column]:

@@ -38,7 +38,7 @@ def write(plan: Plan, rows: Sequence[Row], groups: tuple[Group, ...]) -> str:
         labels = frozenset(item for item in row.labels.items() if item[0] != "seed")
         orders.setdefault(labels, plan.trains[row.ids["train"]])
         trains.setdefault(labels, []).extend([row.train] if row.train else [])
-    grids = confounds.grids(groups)
+    grids = confounds.grids(groups, rows)
     comparisons = sum(group.p is not None for group in groups)
     answers = []
     for setting, members in by_setting(groups):
@@ -273,9 +273,8 @@ def _unbounded(groups: list[Group]) -> list[str]:
 
 
 def _in_one_seed(group: Group) -> str:
-    found = group.average_items
-    items = f" {words.interval((found.low, found.high))}" if found else ""
-    return f"`{plain(group.arm)}` {words.points(group.delta or 0.0)}{items}"
+    items = words.over_items(group.average_items)
+    return f"`{plain(group.arm)}` {words.points(group.delta or 0.0)}{' ' if items else ''}{items}"
 
 
 def _few(items: list[str]) -> str:

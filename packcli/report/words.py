@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from packcli.log import plain
-from packcli.report.records import Interval
+from packcli.report.records import SIGNIFICANT, Interval, ItemDifference
 from packcli.store import State
 
 NONE = "-"
@@ -44,6 +44,11 @@ def seconds(value: float | None) -> str:
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def hours(value: float) -> str:
+    """As `seconds`; of less than a tenth two digits: `0.0028`."""
+    return seconds(value) if value >= 0.1 else f"{value:.2g}"
+
+
 def percent(value: float | None) -> str:
     """A fraction times 100, one decimal."""
     return NONE if value is None else f"{100 * value:.1f}"
@@ -66,9 +71,25 @@ def interval(bounds: Interval) -> str:
     return f"[{points(bounds[0])}, {points(bounds[1])}]"
 
 
+def over_items(found: ItemDifference | None) -> str:
+    """Bounds over test items; empty where there are none."""
+    return interval((found.low, found.high)) if found and found.low is not None and found.high is not None else ""
+
+
 def p_value(value: float | None) -> str:
-    """`0.012`, `< 0.001`."""
-    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.2g}"
+    """`0.012`, `< 0.001`; with as many digits as tell on which side of `SIGNIFICANT` it lies: `0.0496`."""
+    if value is None:
+        return NONE
+    if value < 0.001:
+        return "< 0.001"
+    shown = value < SIGNIFICANT
+    texts = (f"{value:.{digits}g}" for digits in range(2, 18))
+    return next(text for text in texts if (float(text) < SIGNIFICANT) == shown)
+
+
+def detectable(value: float | None) -> str:
+    """An effect in points; more than scores can differ by is no number to go by."""
+    return NONE if value is None else percent(value) if value <= 1 else "> 100"
 
 
 def times(value: float | None) -> str:
@@ -92,6 +113,20 @@ def large(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
     return f"{value:.3g}"
+
+
+def error(value: float | None) -> str:
+    """A standard error times 100, one decimal, or two digits where that would be 0 and it is not."""
+    return NONE if value is None else _not_none(100 * value, 1)
+
+
+def loss_error(value: float | None) -> str:
+    return NONE if value is None else _not_none(value, 3)
+
+
+def _not_none(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    return f"{value:.1g}" if value and not float(text) else text
 
 
 def loss(value: float | None) -> str:
