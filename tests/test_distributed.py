@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from training import Data, assert_close, one_step
 
 from packcli.files import read_jsonl
 from packcli.plan import TrainOrder
+from packcli.train import distributed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -115,3 +117,28 @@ def test_bfloat16_trains_alike_on_one_rank_and_two(tiny: Data, tmp_path: Path) -
     one, two = (losses(tiny, order.id) for order in orders)
     assert one == pytest.approx(two, rel=0.02)
     assert one[-1] < one[0]
+
+
+def test_whole_layers_pile_up_while_the_model_is_cut(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was cut is let go of before the next one comes: all of a large model fit on no GPU."""
+    order = tiny.train_order("padding", "cut")
+    config = {**order.model.config, "num_hidden_layers": 6}
+    order = order.model_copy(
+        update={"model": order.model.model_copy(update={"config": config, "dtype": "bfloat16"})}
+    )
+    sent, made, most = distributed._sent, [], [0]
+
+    def counted(tensor: torch.Tensor, processes: Any) -> torch.Tensor:
+        fresh = sent(tensor, processes)
+        made.append(weakref.ref(fresh))
+        most[0] = max(most[0], sum(one() is not None for one in made))
+        return fresh
+
+    monkeypatch.setattr(distributed, "_sent", counted)
+    try:
+        one_step(tiny.store, order, np.arange(2))
+    finally:
+        distributed.finish()
+    of_a_layer = 9
+    assert len(made) >= 6 * of_a_layer
+    assert most[0] <= 2 * of_a_layer, "whole layers stay although they were cut"

@@ -375,6 +375,9 @@ def test_a_part_that_is_preempted_for_ever_ends_too(on_a_node: Callable[..., job
     limit = {"requeue": {"limit": 3}}
     assert [on_a_node("parts", restart=count, **limit).after(75, "RUNNING") for count in (0, 2, 3)] == [75, 75, 7]
     assert on_a_node("parts", **limit).after(3, "RUNNING") == 3
+    early = [on_a_node("parts", **limit).after(128 + number, "RUNNING") for number in (15, 12, 9)]
+    assert early == [75, 75, 137], "a signal that came before Python listened ends the element"
+    assert on_a_node("parts", **limit).after(143, "CANCELLED") == 143
 
 
 def test_a_job_of_a_deleted_run_directory_says_so(on_a_node: Callable[..., job.Job]) -> None:

@@ -231,8 +231,9 @@ class Job:
             how = "time limit" if self._is_late() else "preempted"
             how = "cancelled" if slurm.is_cancelled(state) else how
             return life.end(self.store, self.element.stages, code, how, policy)
-        stopped = code == PreemptedError.exit_code
-        return 7 if stopped and self.place.restart >= policy.limit else code
+        if code not in life.ASKED_TO_STOP or slurm.is_cancelled(state):
+            return code
+        return 7 if self.place.restart >= policy.limit else PreemptedError.exit_code
 
     def _is_late(self) -> bool:
         """Whether the time limit was near: SLURM tells a job of it by the same signals as of preemption."""

@@ -17,6 +17,8 @@ TRANSIENT = frozenset({"hang", "killed", "peer", "node", "lost"})
 """Kinds of failures that another attempt, perhaps on other nodes, may not meet again."""
 SAME_AGAIN = frozenset({"oom", "diverged"})
 """Kinds that the same settings meet again."""
+ASKED_TO_STOP = frozenset({PreemptedError.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2})
+"""Exit codes: a signal may come before anything listens to it; SLURM's own count of it is 128 and its number."""
 _STOPPED = ("preempted", "time limit", "locked", "lost")
 
 
@@ -166,8 +168,7 @@ def end(store: Store, stages: Sequence[Stage], code: int, stopped: str, policy: 
 def _how(error: PackcliError | None, code: int, stopped: str) -> str:
     if error is not None:
         return error.kind
-    # A signal may come before anything listens to it: SLURM's own count of it is 128 and its number.
-    if code in (PreemptedError.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+    if code in ASKED_TO_STOP:
         return stopped
     return "locked" if code == LockedError.exit_code else "killed"
 

@@ -23,7 +23,8 @@ _TRIES = 5
 _FIRST_PAUSE_S = 2.0
 # `sbatch` may have been heard although its answer was not: what was submitted is looked up before another try.
 _BUSY = re.compile(
-    r"unable to contact|socket timed out|connection (refused|timed out)|communication|temporarily|i/o error",
+    r"unable to contact|socket timed out|connection (refused|timed out)|communication|temporarily|i/o error|"
+    r"zero bytes were transmitted|unexpected message",
     re.IGNORECASE,
 )
 _FULL = re.compile(

@@ -23,6 +23,7 @@ from packcli.model.backends import BLOCK, Flash, Options, block_mask
 NAME = "packcli"
 Name = Literal["flash", "varlen", "flex", "sdpa"]
 
+_FA4_HEAD = 128
 _TOGETHER = 64
 """Neighbouring segments that fill no more slots than this share one call with a small mask: on a CPU a call costs
 more than the masked scores (docs/benchmarks.md)."""
@@ -150,6 +151,8 @@ def _refusal(
     kernel = backends.find_flash(capability)
     if kernel is None:
         return "flash-attn is not installed", None
+    if kernel.generation == 4 and needs.head_dim > _FA4_HEAD:
+        return f"flash-attn 4 computes no gradients of heads of more than {_FA4_HEAD}", None
     asked = {"softcap": needs.softcap, "dropout_p": needs.dropout, "deterministic": deterministic}
     if missing := [argument for argument, wanted in asked.items() if wanted and argument not in kernel.accepts]:
         return f"flash-attn {kernel.generation} has no `{missing[0]}`", None

@@ -34,6 +34,8 @@ from packcli.model.trainee import Trainee
 
 _ROWS = ((7, 1, 13), (6, 71))
 """Documents of the first two rows, some of which SDPA takes together and one alone."""
+_TILED = (150, 300)
+"""On a GPU also documents of more slots than a kernel takes at a time (128), which begin and end within."""
 _LONGEST = 4096
 """Slots of the longest document tried, which should pass the model's sliding window."""
 
@@ -144,10 +146,12 @@ class _Sample:
         window = getattr(config, "sliding_window", None) or 0
         fits = getattr(config, "max_position_embeddings", None) or _LONGEST
         rows: tuple[tuple[int, ...], ...] = (_ROWS[0], (_ROWS[1][0], min(_ROWS[1][1], fits - _ROWS[1][0])))
+        device = next(trainee.parameters()).device
+        if device.type == "cuda" and sum(_TILED) <= fits:
+            rows = (*rows, _TILED)
         if window:
             rows = (*rows, (min(window + 3, _LONGEST, fits),))
         lengths = tuple(length for row in rows for length in row)
-        device = next(trainee.parameters()).device
         ids = (torch.arange(sum(lengths)) * 7 + 3) % vocab_size
         runs = lengths if arm.positions == "reset" else tuple(sum(row) for row in rows)
         positions = torch.cat([torch.arange(length) for length in runs])

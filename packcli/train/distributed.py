@@ -143,12 +143,11 @@ def lay_out(trainee: Trainee, spec: TrainSpec, dtype: Dtype, max_length: int, pr
     layers = decoder_layers(trainee.model)
     for layer in layers:
         layer.forward = _forward(layer, spec)
-    made: dict[torch.Tensor, torch.Tensor] = {}
     if not needs_group(dtype):
-        _receive(trainee, processes, made)
+        _receive(trainee, processes)
         return 1
     shape = flops.shape(trainee.model.config.to_dict())
-    capacity = _capacity(processes.device)
+    capacity = _capacity(processes)
     degree = memory.sharding(
         spec.sharding,
         shape,
@@ -163,9 +162,9 @@ def lay_out(trainee: Trainee, spec: TrainSpec, dtype: Dtype, max_length: int, pr
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32 if cast else None)
     mesh = _mesh(processes, degree)
     for layer in layers:
-        _receive(layer, processes, made)
+        _receive(layer, processes)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    _receive(trainee, processes, made)
+    _receive(trainee, processes)
     fully_shard(trainee, mesh=mesh, mp_policy=policy)
     return degree
 
@@ -178,8 +177,14 @@ def _mesh(processes: Processes, degree: int) -> DeviceMesh:
     return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _capacity(device: torch.device) -> float | None:
-    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+def _capacity(processes: Processes) -> float | None:
+    """Of the smallest GPU: ranks that reckon with their own would lay the model out in different ways."""
+    if processes.device.type != "cuda":
+        return None
+    least = torch.tensor([float(torch.cuda.get_device_properties(processes.device).total_memory)])
+    if processes.world > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -188,11 +193,13 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def _receive(module: torch.nn.Module, processes: Processes, made: dict[torch.Tensor, torch.Tensor]) -> None:
+def _receive(module: torch.nn.Module, processes: Processes) -> None:
     """Give every rank rank 0's tensors of `module`, on its device; what is sharded already is left alone.
 
-    `made` remembers: tied weights stay one tensor.
+    Tied weights of it stay one tensor. Nothing is remembered beyond it: FSDP frees a whole tensor that it has cut
+    once nobody else holds it, and all layers of a large model fit nowhere.
     """
+    made: dict[torch.Tensor, torch.Tensor] = {}
     for part in module.modules():
         tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for held in tables:
@@ -200,8 +207,7 @@ def _receive(module: torch.nn.Module, processes: Processes, made: dict[torch.Ten
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if tensor not in made:
-                    made[tensor] = made_here = _sent(tensor, processes)
-                    made[made_here] = made_here  # a unit is walked again as a part of the whole
+                    made[tensor] = _sent(tensor, processes)
                 held[name] = made[tensor]
 
 
