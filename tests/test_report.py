@@ -365,11 +365,25 @@ def test_validation_losses_of_unlike_documents_stand_side_by_side_unmarked(make:
 
 
 def test_scores_by_two_protocols_stand_side_by_side_unmarked(make: Make) -> None:
-    warning = "scored by different protocols: copy, swap"
+    warning = "scored by different protocols or judges: copy, swap"
     assert warning not in shown(make().report(), 200)
     report = make(SWEEP + "  eval.limit: [50, 100]\n").report()
     assert warning in shown(report, 200)
     assert all(len(score.protocols) == 1 for group in report.groups for score in group.eval.values())
+
+
+def test_verdicts_of_two_judges_stand_side_by_side_unmarked(make: Make) -> None:
+    sweep = make()
+    for cell in sweep.plan.cells:
+        for host in ["a.example"] if cell.labels["arm"] == "padding" else ["b.example"]:
+            stated = {"judge_host": host, "judge_says_it_is": ["gpt"]}
+            sweep.scored(cell, "swap", 0.5 + int(cell.labels["seed"]) / 100, protocol=stated)
+    assert "scored by different protocols or judges: swap" in shown(sweep.report(), 200)
+
+
+def test_a_label_in_the_verdict_is_markup(make: Make) -> None:
+    report = make().report().model_copy(update={"verdict": "Take `a_b|c<d>`, not <script>x</script> or a_b."})
+    assert render.markdown(report).endswith("Take `a_b|c<d>`, not \\<script>x\\</script> or a\\_b.\n")
 
 
 def test_speedup_has_a_part_that_is_not_printed(make: Make) -> None:

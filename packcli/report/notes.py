@@ -111,7 +111,7 @@ def unhealthy(report: Report) -> list[str]:
 
 
 def _unlike_protocols(report: Report) -> list[str]:
-    """Tasks that some settings score by other rules than others: within one setting there is one protocol."""
+    """Tasks that some settings score by other rules than others, or some models by another judge."""
     used: dict[str, set[str]] = {}
     for group in report.groups:
         for task, score in group.eval.items():
@@ -119,7 +119,7 @@ def _unlike_protocols(report: Report) -> list[str]:
     unlike = [task for task, protocols in used.items() if len(protocols) > 1]
     if not unlike:
         return []
-    return [f"not comparable between the settings above, scored by different protocols: {', '.join(unlike)}."]
+    return [f"not all comparable, scored by different protocols or judges: {', '.join(unlike)}."]
 
 
 def _about_errors(scores: list[PooledScore]) -> list[str]:

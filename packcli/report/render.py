@@ -131,8 +131,9 @@ def markdown(report: Report, against: Against | None = None, *, everything: bool
             body += [["<br>".join(_md_lines(cell)) for cell in row] for row in block]
         lines += [*(f"| {' | '.join(line)} |" for line in body), ""]
     for noted in _notes(report, against):
-        lines += [*(f"- {_md(note)}" for note in noted), ""]
-    return "\n".join([*lines, *(f"{line}\n" for line in report.verdict.split("\n"))]).rstrip() + "\n"
+        lines += [*(f"- {_md_prose(note)}" for note in noted), ""]
+    verdict = [f"{_md_prose(line)}\n" for line in report.verdict.split("\n")]
+    return "\n".join([*lines, *verdict]).rstrip() + "\n"
 
 
 def _md_lines(cell: Cell) -> list[str]:
@@ -141,6 +142,12 @@ def _md_lines(cell: Cell) -> list[str]:
         *(_md(line) for line in cell.text.split("\n") if line),
         *(f"**{x}**" if cell.shown else x for x in change),
     ]
+
+
+def _md_prose(text: str) -> str:
+    """The same of a sentence, in which `code` needs nothing."""
+    parts = text.split("`")
+    return "`".join(part if number % 2 else _md(part) for number, part in enumerate(parts))
 
 
 def _md(text: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from packcli.errors import IntegrityError
 from packcli.eval import protocol
-from packcli.files import read_json
+from packcli.files import digest, read_json
 from packcli.plan import Cell, Kind, Plan
 from packcli.report import groups, physics, probed, verdict
 from packcli.report.records import Failure, Report, Row, Score, Train
@@ -142,7 +142,7 @@ class _Stages:
         """None of probes, which have none."""
         if "score" not in manifest.results:
             return None
-        return _score(manifest.results, self._plan.evals[manifest.id].protocol)
+        return _score(manifest.results, _protocol(manifest.results, self._plan.evals[manifest.id].protocol))
 
     def physics(self, manifest: Manifest, ledger: Mapping[str, float] | None) -> tuple[str, ...]:
         return physics.check(self._plan.trains[self._cell.train], manifest.results, ledger)
@@ -214,6 +214,14 @@ def _train(manifest: Manifest, ledger: Mapping[str, float] | None) -> Train:
         random_weights=bool(results.get("random_weights")),
         own_validation=bool((manifest.spec.get("arm") or {}).get("validation_after_packing")),
     )
+
+
+def _protocol(results: Mapping[str, Any], planned: str) -> str:
+    """Who judged is known only afterwards: at which host, and what it called itself."""
+    stated = results.get("protocol")
+    keys = ("judge_host", "judge_says_it_is")
+    judge = [stated.get(key) for key in keys] if isinstance(stated, Mapping) else [None, None]
+    return planned if judge == [None, None] else digest([planned, *judge])
 
 
 def _score(results: Mapping[str, Any], protocol_: str) -> Score:
