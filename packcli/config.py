@@ -317,7 +317,8 @@ class TrainSpec(Spec):
     checkpointing      activations kept: all (none), all but element-wise ones (selective), layer inputs (full).
     sharding           full: over all processes. hybrid: within a node, replicated between. auto: what fits.
     deterministic      on a GPU, the same bits each time, at a cost.
-    hang_timeout_s     a step that takes longer is taken for hung and the run stopped. Unset: never.
+    hang_timeout_s     a step, or a batch of the validation, that takes longer is taken for hung and the run
+                       stopped. Unset: never.
     """
 
     epochs: PositiveInt | None = None

@@ -6,7 +6,7 @@ Nothing here decides what runs when (`launch/`), nothing prints. Heavy libraries
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from packcli.config import (
     SweepSpec,
     TrainSpec,
 )
-from packcli.errors import ConfigError, IntegrityError, MissingError, PackcliError
+from packcli.errors import ConfigError, IntegrityError, LockedError, MissingError, PackcliError
 from packcli.eval import protocol, scoring
 from packcli.files import digest, write_json, write_jsonl
 from packcli.plan import (
@@ -209,39 +209,45 @@ def train(
         return manifest
     source = _upstream(store, "tokens", order.tokens)
     _upstream(store, "index", order.index)
-    if os.environ.get("RANK", "0") == "0":
-        _check_bytes(order, store, source)
     if order.base is not None:
         _same_tokenizer(store, source, _upstream(store, "train", order.base))
-        verify(store.final(order.base))
+    if os.environ.get("RANK", "0") == "0":
+        _check_bytes(order, store, source)
     from packcli.train import burnin, distributed, faults, loop, trl
 
     provenance: dict[str, Any] = {}
 
-    def work() -> dict[str, Any]:
-        with faults.peers():
+    def commit(results: dict[str, Any]) -> None:
+        tokenizer = store.tokenizer_record(source).sha256
+        bases = {"base": order.base} if order.base else {}
+        store.commit(
+            "train",
+            order.id,
+            spec=order.model_dump(mode="json"),
+            inputs={"tokens": order.tokens, "index": order.index, **bases},
+            results={**results, "tokenizer_sha256": tokenizer},
+            provenance=provenance,
+        )
+
+    def work() -> None:
+        with faults.peers(), faults.disk(store.directory("train", order.id)):
             if burn_in and distributed.world_size() > distributed.per_node():
                 provenance["burn_in"] = burnin.run(order, nodes)
             prepared = {key: source.results[key] for key in ("stop_token_ids", "files", "shards")}
             match order.train.backend:
                 case "packcli":
-                    return loop.train(order, store, **prepared, note=note, fallback=fallback)
+                    loop.train(order, store, commit, **prepared, note=note, fallback=fallback)
                 case "trl":
-                    return trl.train(order, store, **prepared, note=note)
+                    trl.train(order, store, commit, **prepared, note=note)
 
     if distributed.rank() == 0:
         with store.writing("train", order.id):
-            results = work()
-            tokenizer = store.tokenizer_record(source).sha256
-            bases = {"base": order.base} if order.base else {}
-            store.commit(
-                "train",
-                order.id,
-                spec=order.model_dump(mode="json"),
-                inputs={"tokens": order.tokens, "index": order.index, **bases},
-                results={**results, "tokenizer_sha256": tokenizer},
-                provenance=provenance,
-            )
+            if manifest := store.manifest("train", order.id):
+                if distributed.world_size() == 1:
+                    return manifest
+                cause = f"train {order.id} was finished by another process just now"  # other ranks have begun
+                raise LockedError(cause, "run the same command again")
+            work()
     else:
         work()
     distributed.wait_for_all()  # no rank looks for this manifest before rank 0 has written it
@@ -260,6 +266,8 @@ def _check_bytes(order: TrainOrder, store: Store, source: Manifest) -> None:
         verify(store.tokenizer(order.tokens))
     if store.source("index", order.index) == store.directory("index", order.index):
         verify(store.directory("index", order.index))
+    if order.base is not None:
+        verify(store.final(order.base))
 
 
 def train_together(orders: Sequence[TrainOrder], store: Store, *, fallback: bool = False) -> None:
@@ -350,6 +358,13 @@ def done(plan_: Plan, wanted: Sequence[tuple[Kind, str]], store: Store) -> set[t
     """The stages of which nothing is left to do: rows that a task had to leave out may be scored by now."""
     states = store.states(wanted)
     return {stage for stage in wanted if states[stage] == "done" and not _in_part(plan_, stage, store)}
+
+
+def tidy(done_: Iterable[tuple[Kind, str]], store: Store) -> None:
+    """Delete the checkpoints of trainings that were killed when they were done, before they deleted them."""
+    for kind, id_ in done_:
+        if kind == "train":
+            store.clear_checkpoints(id_)
 
 
 def _in_part(plan_: Plan, stage: tuple[Kind, str], store: Store) -> bool:

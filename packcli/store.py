@@ -55,6 +55,7 @@ MANIFEST = "manifest.json"
 RESULTS, ITEMS = "results.json", "items.json"
 EXPORT = "packcli.json"
 """Lists the files of an export, which may lie anywhere."""
+_CHECKPOINT = "checkpoint-"
 LOGS = frozenset({"metrics.jsonl", "trackers", "job.json"})
 
 
@@ -234,17 +235,23 @@ class Store:
         return self.directory("train", train) / "trackers"
 
     def checkpoint(self, train: str, step: int) -> Path:
-        return self.directory("train", train) / f"checkpoint-{step}"
+        return self.directory("train", train) / f"{_CHECKPOINT}{step}"
 
     def checkpoints(self, train: str) -> list[tuple[int, Path]]:
         """Checkpoint directories, newest first, complete or not."""
-        found = [(int(path.name.partition("-")[2]), path) for path in self._glob(train, "checkpoint-*")]
+        found = [(int(path.name.partition("-")[2]), path) for path in self._glob(train, f"{_CHECKPOINT}*")]
         return sorted(found, reverse=True)
 
     @staticmethod
     def is_whole(checkpoint: Path) -> bool:
         """Whether a checkpoint was finished: its manifest comes last."""
         return (checkpoint / MANIFEST).exists()
+
+    def clear_checkpoints(self, train: str) -> None:
+        """Delete those of a training that is done, and what is left of one that a killed process was deleting."""
+        half = list(self.directory("train", train).glob(f".{_CHECKPOINT}*.tmp-*"))
+        for path in [*half, *(path for _, path in self.checkpoints(train))]:
+            self.remove(path)
 
     def _glob(self, train: str, pattern: str) -> Iterable[Path]:
         paths = self.directory("train", train).glob(pattern)
@@ -460,12 +467,13 @@ def _check_results(manifest: Manifest) -> None:
 
 
 def records(directory: Path, leave_out: Path | None = None) -> dict[str, FileRecord]:
-    """sha256 and size of every file below `directory`, logs, locks and unfinished files left out."""
+    """sha256 and size of every file below `directory`, logs, checkpoints, locks and unfinished files left out."""
     found = {}
     for path in sorted(directory.rglob("*")):
         below = path.relative_to(directory)
-        name, beside = below.as_posix(), path.name == ".lock" or path == leave_out or is_unfinished(below)
-        if path.is_file() and not beside and name.partition("/")[0] not in LOGS and name != MANIFEST:
+        name, first = below.as_posix(), below.parts[0]
+        kept = first not in LOGS and not first.startswith(_CHECKPOINT) and not is_unfinished(below)
+        if path.is_file() and kept and path != leave_out and path.name != ".lock" and name != MANIFEST:
             found[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
     return found
 

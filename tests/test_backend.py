@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,23 @@ def test_a_failing_trl_is_exit_code_7_with_its_last_words(
     left = store.failure("train", order.id)
     assert isinstance(left, PackcliError)
     assert "the trainer's own words" in left.cause
+
+
+def test_a_stop_that_comes_while_a_run_of_trl_commits_kills_it(
+    tiny_sweep: Any, tmp_path: Path, pretend: Callable[..., Path], monkeypatch: Any
+) -> None:
+    pretend()
+    store = Store(tmp_path / "runs")
+    _, order = prepared(tiny_sweep(train={"backend": "trl"}), store, "best_fit")
+    commit = store.commit
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+        return commit(*arguments, **options)
+
+    monkeypatch.setattr(store, "commit", stopped)
+    assert stages.train(order, store).results["backend"]["name"] == "trl"
 
 
 @pytest.mark.parametrize(("wrong", "said"), [({"more": 1}, "steps, not"), ({"loss": "None"}, "loss not finite")])

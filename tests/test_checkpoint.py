@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from training import Data, stop_after
 
 from packcli import stages
@@ -20,7 +24,7 @@ from packcli.files import read_json, read_jsonl
 from packcli.plan import EvalOrder, TrainOrder
 from packcli.report import progress
 from packcli.store import MANIFEST, verify
-from packcli.train import checkpoint, loop
+from packcli.train import checkpoint, faults, loop
 
 
 def interrupted(data: Data, id_: str, step: int, **settings: Any) -> TrainOrder:
@@ -66,7 +70,7 @@ def test_a_checkpoint_says_where_it_stands_and_whose_it_is(tiny: Data) -> None:
     assert progress["row"] == 4 * order.train.global_batch
 
 
-def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_left_out(
+def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_deleted(
     tiny: Data, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = interrupted(tiny, "unfinished", 5, save_every=2)
@@ -75,7 +79,7 @@ def test_case_21_a_checkpoint_that_was_not_finished_is_named_and_left_out(
     (half / MANIFEST).unlink()
     with caplog.at_level("INFO", "packcli"):
         stages.train(order, tiny.store)
-    assert "checkpoint-6 was not finished" in caplog.text
+    assert "checkpoint-6 was not finished: it is deleted" in caplog.text
     assert "goes on from step 4 of 8" in caplog.text
     assert losses(tiny, order.id)[4:]
     assert len(losses(tiny, order.id)) == 8
@@ -153,6 +157,160 @@ def test_case_30_an_error_in_the_background_stops_the_training(
     with pytest.raises(MissingError, match="disk is full"):
         stages.train(order, tiny.store)
     assert len(losses(tiny, order.id)) <= 4
+
+
+@pytest.mark.parametrize("writer", ["write_json", "write_sealed"], ids=["progress", "manifest"])
+def test_case_30_a_disk_that_fills_after_the_tensors_leaves_half_a_checkpoint(
+    tiny: Data, writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", f"full-{writer}", save_every=2)
+    write = getattr(checkpoint, writer)
+
+    def full(path: Path, value: Any) -> None:
+        if path.parent.name == "checkpoint-4":
+            raise MissingError(f"{path}: the disk is full (0 bytes free)")
+        write(path, value)
+
+    monkeypatch.setattr(checkpoint, writer, full)
+    with pytest.raises(MissingError, match="disk is full"):
+        stages.train(order, tiny.store)
+    assert steps(tiny, order.id) == [2]
+
+
+def test_case_30_an_unfinished_checkpoint_fills_the_disk_for_every_retry(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = interrupted(tiny, "no-room", 3, save_every=2)
+    half, store = tiny.store.checkpoint(order.id, 4), tiny.store
+    shutil.copytree(store.checkpoint(order.id, 2), half)
+    (half / MANIFEST).unlink()
+    full = lambda self: 1000 if half.exists() and not store.is_whole(half) else 10**9  # noqa: E731
+    monkeypatch.setattr(type(store), "free_bytes", full)
+    assert stages.train(order, store).results["steps"] == 8
+
+
+def test_after_a_fallback_new_checkpoints_are_deleted_as_older_than_the_damaged_one(tiny: Data) -> None:
+    order = interrupted(tiny, "fallen-back", 5, save_every=2, keep_last=2)
+    flip(next(tiny.store.checkpoint(order.id, 4).glob("*.distcp")))
+    train = order.train.model_copy(update={"keep_last": 1, "save_every": 1})
+    note = stop_after(4)
+    with pytest.raises(note.error):  # type: ignore[attr-defined]
+        stages.train(order.model_copy(update={"train": train}), tiny.store, note, fallback=True)
+    assert steps(tiny, order.id) == [3]
+    stages.train(order, tiny.store)  # needs no fallback
+
+
+def test_a_writer_of_a_checkpoint_outlives_the_lock_of_its_training(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.dcp.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    monkeypatch.setattr(checkpoint, "_LAST_WRITE_S", 0.01)
+    order = interrupted(tiny, "slow-writer", 3, save_every=2, async_save=True)
+    assert tiny.store.is_whole(tiny.store.checkpoint(order.id, 2))
+
+
+# Between the last step and the manifest -------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a kill would: nothing is cleaned up after it."""
+
+
+def test_a_run_killed_between_its_last_step_and_its_commit_begins_anew(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    order = tiny.train_order("best_fit", "killed-late", save_every=3)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(type(tiny.store), "commit", killed)
+    with pytest.raises(Killed):
+        stages.train(order, tiny.store)
+    monkeypatch.undo()
+    assert steps(tiny, order.id) == [6]
+    kept = read_jsonl(tiny.store.metrics(order.id))[:6]
+    with caplog.at_level("INFO", "packcli"):
+        manifest = stages.train(order, tiny.store)
+    assert "goes on from step 6 of 8" in caplog.text
+    assert read_jsonl(tiny.store.metrics(order.id))[:6] == kept  # with their times: none was done again
+    assert not [name for name in manifest.outputs if name.startswith("checkpoint-")]
+    assert steps(tiny, order.id) == []
+
+
+def test_a_stop_that_comes_while_a_run_commits_kills_it(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, commit = tiny.train_order("best_fit", "stopped-late", steps=2), tiny.store.commit
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+        return commit(*arguments, **options)
+
+    monkeypatch.setattr(tiny.store, "commit", stopped)
+    assert stages.train(order, tiny.store).results["steps"] == 2
+
+
+@pytest.mark.parametrize("when", ["before", "half_way"])
+def test_a_run_killed_after_its_commit_keeps_its_checkpoints_for_ever(
+    tiny: Data, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, store = tiny.train_order("best_fit", f"killed-{when}", save_every=3, keep_last=2), tiny.store
+
+    def killed(self: Any, train: str) -> None:
+        if when == "half_way":
+            newest = store.checkpoint(train, 6)
+            newest.rename(newest.with_name(f".{newest.name}.tmp-here-1-0"))
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "clear_checkpoints", killed)
+        with pytest.raises(Killed):
+            stages.train(order, store)
+    directory = store.directory("train", order.id)
+    assert len(list(directory.glob("*checkpoint-*"))) == 2
+    manifest = store.manifest("train", order.id)
+    assert manifest is not None
+    assert verify(directory) == len(manifest.outputs)
+    assert not [name for name in manifest.outputs if "checkpoint-" in name]
+    stages.tidy([("index", order.index), ("train", order.id)], store)
+    assert list(directory.glob("*checkpoint-*")) == []
+    assert verify(directory) == len(manifest.outputs)
+
+
+# Writers that know nothing of full disks ------------------------------------------------------------------
+
+
+def test_case_30_a_disk_that_fills_under_the_log_of_a_run_is_called_a_bug(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", "full-log", steps=2)
+    monkeypatch.setattr(
+        loop.journal, "truncate", lambda store, id_, *_: store.metrics(id_).symlink_to("/dev/full")
+    )
+    with pytest.raises(MissingError, match="the disk is full"):
+        stages.train(order, tiny.store)
+
+
+def test_case_30_a_disk_that_fills_under_the_final_weights_is_called_a_bug(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", "full-weights", steps=4, save_every=3)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(loop.load, "save", full)
+    with pytest.raises(MissingError, match="the disk is full"):
+        stages.train(order, tiny.store)
+    assert steps(tiny, order.id) == [3]
+    with pytest.raises(SafetensorError, match="other"), faults.disk(Path()):
+        raise SafetensorError("other")
 
 
 def test_case_25_a_checkpoint_of_another_training_is_never_taken_for_ones_own(tiny: Data) -> None:

@@ -3,19 +3,23 @@
 Numbers are those of the list of cases this project was planned with; others are in `test_train.py`.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Training
+from training import Data
 
+from packcli import stages
 from packcli.errors import HangError, OutOfMemoryError, PeerError
 from packcli.store import Store, normalized
 from packcli.train import faults, watchdog
@@ -116,6 +120,20 @@ def test_case_20_killed_on_one_rank_count_and_resumed_on_another_the_losses_are_
     assert run.cli("train", "--nproc-per-node", 3 - first).code == 0
     assert len(run.losses()) == 20
     assert run.losses() == pytest.approx(whole, rel=1e-6)
+
+
+@slow
+def test_case_20_two_ranks_of_which_one_is_killed_before_the_commit_have_no_checkpoint_left(
+    training: Callable[..., Training],
+) -> None:
+    run = training(**TRAIN)
+    env = {"PACKCLI_FAULT_LOG": "points", "PACKCLI_FAULT": "kill:final:after"}
+    assert run.cli("train", *TWO, env=env).code == 7
+    assert run.checkpoints() == [15, 18]
+    kept = run.steps()[:18]
+    assert run.cli("train", *TWO).code == 0
+    assert run.steps()[:18] == kept  # with their times
+    assert run.checkpoints() == []
 
 
 @slow
@@ -348,6 +366,47 @@ def test_case_28_a_file_system_that_hangs_does_not_keep_the_process_from_ending(
     started = time.monotonic()
     assert python(program).returncode == 7
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("state", ["gone", "full"])
+def test_case_28_a_stderr_that_nobody_reads_keeps_a_hung_process_from_ending(state: str, tmp_path: Path) -> None:
+    """Its reader is gone (`| tee`, killed), or hangs; the cause is told all the same."""
+    program = """
+        import sys, time
+        from pathlib import Path
+        from packcli.train import watchdog
+        watchdog._LAST_WORDS_S = 1
+        with watchdog.watching(0.2, 0, lambda error: Path(sys.argv[1]).write_text(error.kind)):
+            time.sleep(60)
+    """
+    reader, writer = os.pipe()
+    if state == "gone":
+        os.close(reader)
+    else:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "said")]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=writer, timeout=40, check=False)
+    assert done.returncode == 7
+    assert (tmp_path / "said").read_text() == "hang"
+
+
+def test_case_28_a_rank_that_hangs_after_its_last_step_is_not_seen(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Counter[str]()
+
+    @contextlib.contextmanager
+    def watching(timeout_s: float, rank: int, fail: object, what: str) -> Iterator[Callable[[], None]]:
+        yield lambda: seen.update([what])
+
+    monkeypatch.setattr(watchdog, "watching", watching)
+    order = tiny.train_order("best_fit", "watched", steps=2, hang_timeout_s=5)
+    stages.train(order, tiny.store)
+    assert seen == {"step": 2, "validation batch": 1, "tensor of `final/`": len(tiny.model().model.state_dict())}
 
 
 def test_case_28_collectives_give_up_later_than_the_watchdog() -> None:

@@ -46,7 +46,10 @@ Grace = Annotated[
     float, typer.Option("--grace", metavar="S", min=0, help="Seconds a stopped training has for its checkpoint.")
 ]
 Fallback = Annotated[
-    bool, typer.Option("--allow-fallback", help="If the newest checkpoint is damaged, take the one before.")
+    bool,
+    typer.Option(
+        "--allow-fallback", help="If the newest checkpoint is damaged, delete it and take the one before."
+    ),
 ]
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-no-sandbox", help="Run code that the model writes without a sandbox.")

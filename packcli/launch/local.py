@@ -101,6 +101,7 @@ def run(
     """
     wanted = closure(plan, targets)
     done = stages.done(plan, wanted, store)
+    stages.tidy(done, store)
     jobs = _jobs(plan, [stage for stage in wanted if stage not in done])
     if not jobs:
         return []

@@ -64,7 +64,9 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            self._thread.join(_LAST_WRITE_S)  # it may wait for a rank that is gone
+            # It may wait for a rank that is gone. Alone it does not, and a worker that lives on is not to write
+            # what somebody else then trains.
+            self._thread.join(_LAST_WRITE_S if self._processes.world > 1 else None)
             if self._error is not None:  # what ended the training is raised; this would go unseen
                 logger.warning("the checkpoint being written was not finished: %s", self._error)
 
@@ -78,10 +80,9 @@ class Checkpoints:
         self.wait()
         path = self._store.checkpoint(self._train, step)
         state = self._state()
-        self._check_space(state, path)
         if self._processes.is_main:
             self._store.remove(path)
-        self._barrier()
+        self._check_space(state, path)  # which no rank passes before rank 0
         if self._background:
             copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
             arguments = (copied, path, step, progress)
@@ -102,10 +103,12 @@ class Checkpoints:
     def restore(self, *, fallback: bool) -> dict[str, Any] | None:
         """Load the newest finished checkpoint, whatever number of processes wrote it; its progress, None if none.
 
+        What cannot be gone on from is deleted: it takes room, and would count as progress.
+
         Raises:
             IntegrityError: a file of it is missing or changed; with `fallback`, the one before is taken instead.
         """
-        for path in self._processes.gather(self._finished())[0]:
+        for path in self._processes.gather(self._finished() if self._processes.is_main else [])[0]:
             problem = self._problem(path)
             if problem is None:
                 self._load(path)
@@ -115,14 +118,14 @@ class Checkpoints:
                 fix = f"--allow-fallback goes on from the checkpoint before it, if any; or delete {path}"
                 raise IntegrityError(problem, fix)
             if self._processes.is_main:
-                logger.warning("%s; going on from the checkpoint before it, or from the start", problem)
+                logger.warning("%s; deleted, going on from the checkpoint before it, or from the start", problem)
+                self._store.remove(path)
         return None
 
     def clear(self) -> None:
-        """Delete all: the final weights are there, the optimizer's state is of no more use."""
-        self.wait()
+        """Delete all: the training is done. Other ranks wait until rank 0 comes here."""
         if self._processes.is_main:
-            prune(self._store, self._train, keep=0)
+            self._store.clear_checkpoints(self._train)
         self._barrier()
 
     def _state(self) -> dict[str, Any]:
@@ -158,26 +161,28 @@ class Checkpoints:
                 write_json(Store.progress(path), {"step": step, **progress})
             # Each rank reads back and hashes what it wrote: one for all would take minutes for a large model.
             own = {file.name: _record(file) for file in path.iterdir() if _is_of(file, processes.rank)}
-        except (OSError, CheckpointException) as error:
+            outputs: dict[str, Any] = {}
+            for found in processes.gather(own, self._group):
+                outputs.update(found)
+            if processes.is_main:
+                write_sealed(path / MANIFEST, {"train": self._train, "step": step, "outputs": outputs})
+        except (OSError, CheckpointException, PackcliError) as error:
             if processes.is_main:
                 self._store.remove(path)
             raise _explained(error, path) from None
-        outputs: dict[str, Any] = {}
-        for found in processes.gather(own, self._group):
-            outputs.update(found)
         if processes.is_main:
-            write_sealed(path / MANIFEST, {"train": self._train, "step": step, "outputs": outputs})
             prune(self._store, self._train, self._keep)
         self._barrier()
 
     def _finished(self) -> list[Path]:
-        """Newest first; unfinished ones are named and left out."""
+        """Newest first; unfinished ones are named and deleted."""
         finished = []
         for _, path in self._store.checkpoints(self._train):
-            if (path / MANIFEST).exists():
+            if self._store.is_whole(path):
                 finished.append(path)
-            elif self._processes.is_main:
-                logger.warning("%s was not finished: it is left out", path.name)
+            else:
+                logger.warning("%s was not finished: it is deleted", path.name)
+                self._store.remove(path)
         return finished
 
     def _problem(self, path: Path) -> str | None:
@@ -221,7 +226,7 @@ def prune(store: Store, train: str, keep: int) -> None:
     """Delete all but the newest `keep` finished checkpoints, and every unfinished one."""
     finished = 0
     for _, path in store.checkpoints(train):
-        complete = (path / MANIFEST).exists()
+        complete = store.is_whole(path)
         finished += complete
         if finished > keep or not complete:
             store.remove(path)
@@ -238,8 +243,10 @@ def _record(file: Path) -> dict[str, Any]:
     return FileRecord(sha256=sha256_file(file), bytes=file.stat().st_size).model_dump()
 
 
-def _explained(error: OSError | CheckpointException, path: Path) -> Exception:
+def _explained(error: OSError | CheckpointException | PackcliError, path: Path) -> Exception:
     """The disk error inside what DCP raises, as one a user can act on."""
+    if isinstance(error, PackcliError):
+        return error
     if isinstance(error, OSError):
         return disk_full(error, path)
     for wrapped, _ in error.failures.values():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from packcli.errors import OutOfMemoryError, PeerError
+from packcli.files import disk_full
 
 _CPU_ALLOCATOR = "can't allocate memory"  # torch's own, which raises a bare RuntimeError
 
@@ -52,3 +56,21 @@ def peers() -> Iterator[None]:
             raise
         cause = f"lost another rank: {' '.join(str(error).split())[:200]}"
         raise PeerError(cause, "the rank that ended first says why; run the same command again") from error
+
+
+@contextlib.contextmanager
+def disk(directory: Path) -> Iterator[None]:
+    """Around what writes below `directory`: logs and weights are written by those who know nothing of full disks.
+
+    Raises:
+        MissingError, ConfigError: in place of what a full disk, or one that nobody may write to, raises.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_full(error, directory) from None
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise disk_full(OSError(int(found[1]), str(error)), directory) from None

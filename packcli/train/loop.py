@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,9 +43,12 @@ from packcli.train.distributed import Processes
 from packcli.train.loss import Weighting
 from packcli.train.metrics import Meter
 from packcli.train.step import Objective
+from packcli.train.watchdog import Alive
 
 Note = Callable[[int, int, str], None]
 """Called after each step with (step, steps, a short remark)."""
+Commit = Callable[[dict[str, Any]], None]
+"""Makes the training done, with these results."""
 
 
 @dataclass(slots=True)
@@ -59,16 +63,18 @@ class Progress:
 def train(
     order: TrainOrder,
     store: Store,
+    commit: Commit,
     *,
     stop_token_ids: list[int],
     files: list[str],
     shards: int,
     note: Note,
     fallback: bool = False,
-) -> dict[str, Any]:
-    """Train, leave `final/` as a Hugging Face checkpoint, and return the results for the manifest.
+) -> None:
+    """Train, leave `final/` as a Hugging Face checkpoint, and have rank 0 `commit`.
 
-    `fallback`: go on from an older checkpoint when the newest is damaged.
+    Checkpoints are deleted only then: one who is killed before goes on from the last. A stop that comes after the
+    last step waits for it. `fallback`: go on from an older checkpoint when the newest is damaged.
 
     Raises:
         ConfigError: model and data do not fit each other.
@@ -128,10 +134,11 @@ def train(
         objective = Objective(order, framed.reader(tokens, marks), rows, weighting, costs, pad_id, processes)
         meter = _meter(order, trainee, shape, processes)
         hung = partial(store.fail, "train", order.id)
+        watched = partial(watchdog.watching, spec.hang_timeout_s, processes.rank, hung)
         with (
             checkpoints,
             journal.writing(order, store, progress.step, processes) as write,
-            watchdog.watching(spec.hang_timeout_s, processes.rank, hung) as alive,
+            watched("step") as alive,
         ):
             for step in range(progress.step, len(steps)):
                 started, cpu_started = time.perf_counter(), time.process_time()
@@ -183,27 +190,28 @@ def train(
                 alive()
 
         # Results --------------------------------------------------------------------------------------
-        validation = validation_loss(trainee, order, store, tokens, pad_id, processes)
-        _save(trainee, order, store, tokenizer, stop_token_ids, processes)
+        with watched("validation batch") as alive:
+            validation = validation_loss(trainee, order, store, tokens, pad_id, processes, alive)
+        _save(trainee, order, store, tokenizer, stop_token_ids, processes, watched)
+        if processes.is_main:
+            backend = trainee.backend
+            results = {
+                **metrics.results(read_jsonl(store.metrics(order.id))),
+                "validation_loss": validation,
+                "cpu_s": progress.cpu_s,
+                "step": arithmetic.model_dump(),
+                "isolation": isolation.record(),
+                "random_weights": order.random_weights,
+                "embedding_rows_added": trainee.model.embedding_rows_added,
+                "attention_backend": {"name": backend.name, "version": backend.version, "why": backend.why},
+                "processes": processes.world,
+                "sharded_over": sharded_over,
+                "threads": torch.get_num_threads() if processes.device.type == "cpu" else None,
+                "device": _device_name(processes),
+                "cores": os.cpu_count(),
+            }
+            commit(results)
         checkpoints.clear()
-        if not processes.is_main:
-            return {}
-        backend = trainee.backend
-        return {
-            **metrics.results(read_jsonl(store.metrics(order.id))),
-            "validation_loss": validation,
-            "cpu_s": progress.cpu_s,
-            "step": arithmetic.model_dump(),
-            "isolation": isolation.record(),
-            "random_weights": order.random_weights,
-            "embedding_rows_added": trainee.model.embedding_rows_added,
-            "attention_backend": {"name": backend.name, "version": backend.version, "why": backend.why},
-            "processes": processes.world,
-            "sharded_over": sharded_over,
-            "threads": torch.get_num_threads() if processes.device.type == "cpu" else None,
-            "device": _device_name(processes),
-            "cores": os.cpu_count(),
-        }
 
 
 def arithmetic_of(order: TrainOrder, store: Store, rows: Index, steps: list[Ints]) -> StepArithmetic:
@@ -289,23 +297,31 @@ def _clip(model: Any, limit: float | None) -> float:
 
 
 def _save(
-    trainee: Trainee, order: TrainOrder, store: Store, tokenizer: Any, stops: list[int], processes: Processes
+    trainee: Trainee,
+    order: TrainOrder,
+    store: Store,
+    tokenizer: Any,
+    stops: list[int],
+    processes: Processes,
+    watched: Callable[[str], AbstractContextManager[Alive]],
 ) -> None:
-    """`final/`, by rank 0; the others hand their shards over, one tensor at a time."""
+    """`final/`, by rank 0; the others hand their shards over, one tensor at a time, and wait for it no longer."""
 
-    def whole() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in trainee.model.state_dict().items():
-            # Adapters are merged in float32; anything else may be rounded before it travels.
-            part = tensor if order.train.lora else tensor.to(getattr(torch, order.model.dtype))
-            yield name, part.full_tensor() if isinstance(part, DTensor) else part
+    def whole() -> Generator[tuple[str, torch.Tensor]]:
+        with watched("tensor of `final/`") as alive:
+            for name, tensor in trainee.model.state_dict().items():
+                # Adapters are merged in float32; anything else may be rounded before it travels.
+                part = tensor if order.train.lora else tensor.to(getattr(torch, order.model.dtype))
+                yield name, part.full_tensor() if isinstance(part, DTensor) else part
+                alive()
 
-    if processes.is_main:
-        with atomic_directory(store.final(order.id)) as directory:
-            load.save(trainee.model, whole(), tokenizer, stops, order.model.dtype, directory)
-    else:
-        for _ in whole():
-            pass
-    processes.barrier()
+    with contextlib.closing(whole()) as tensors:
+        if processes.is_main:
+            with atomic_directory(store.final(order.id)) as directory:
+                load.save(trainee.model, tensors, tokenizer, stops, order.model.dtype, directory)
+        else:
+            for _ in tensors:
+                pass
 
 
 def _diverged(
@@ -329,11 +345,17 @@ def write_config(order: TrainOrder, store: Store) -> None:
 
 
 def validation_loss(
-    model: Trainee, order: TrainOrder, store: Store, tokens: Tokens, pad_id: int, processes: Processes
+    model: Trainee,
+    order: TrainOrder,
+    store: Store,
+    tokens: Tokens,
+    pad_id: int,
+    processes: Processes,
+    alive: Alive = lambda: None,
 ) -> float | None:
     """Token mean over the held-out documents, each alone and plainly truncated: comparable between all arms.
 
-    None when nothing was held out.
+    None when nothing was held out. `alive`: called after each batch.
     """
     held = indexes.read(store.validation(order.index))
     if not held.rows.num_rows:
@@ -348,5 +370,6 @@ def validation_loss(
         for own in batching.spread(every, held.tokens.astype(float), processes.world, 16)[processes.rank]:
             batch = collate(tokens, held, own.tolist(), alone, order.max_length, pad_id).to(processes.device)
             total += model(batch).double()
+            alive()
     model.train()
     return float(processes.sum(total)) / int(held.supervised.sum())

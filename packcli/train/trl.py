@@ -36,7 +36,7 @@ from packcli.plan import IndexOrder, TrainOrder
 from packcli.processes import Stop, listening
 from packcli.store import Store
 from packcli.train import distributed, loop, metrics, trl_terms
-from packcli.train.loop import Note
+from packcli.train.loop import Commit, Note
 from packcli.train.metrics import Meter
 
 _LAST_LINES = 12
@@ -55,15 +55,22 @@ class _Run:
 
 
 def train(
-    order: TrainOrder, store: Store, *, stop_token_ids: list[int], files: list[str], shards: int, note: Note
-) -> dict[str, Any]:
-    """Train with TRL, leave `final/` and `metrics.jsonl` as packcli's own training does; results for the manifest.
+    order: TrainOrder,
+    store: Store,
+    commit: Commit,
+    *,
+    stop_token_ids: list[int],
+    files: list[str],
+    shards: int,
+    note: Note,
+) -> None:
+    """Train with TRL, leave `final/` and `metrics.jsonl` as packcli's own training does, and `commit`.
 
     Raises:
         ConfigError: an arm that TRL cannot train; several processes.
         MissingError: no Python with TRL.
         RunError: TRL failed, with the last lines it wrote; a loss that is not finite.
-        PreemptedError: SIGTERM or SIGUSR2 arrived. TRL's training begins anew.
+        PreemptedError: SIGTERM or SIGUSR2 arrived while TRL trained, which begins anew.
     """
     trl_terms.check(order)
     if distributed.world_size() > 1:
@@ -86,23 +93,25 @@ def train(
     load.save(model, model.state_dict(), tokenizer, stop_token_ids, "float32", handed / "model")
     _export(order, store, tokens, rows, tokenizer, handed / "rows")
     _hand_over(run, handed)
-    _drive(run, handed, note)
-
-    found = read_json(handed / "result.json")
-    steps_there = read_jsonl(handed / "steps.jsonl")
-    _finite(steps_there)
-    records = _records(run, steps_there, found["device"])
-    with atomic_write(store.metrics(order.id)) as file:
-        file.writelines(map(json_line, records))
-    trained = load.pretrained(str(handed / "trained"), dtype=torch.float32, attn_implementation=attention.NAME)
-    with atomic_directory(store.final(order.id)) as directory:
-        load.save(model, trained.state_dict(), tokenizer, stop_token_ids, order.model.dtype, directory)
-    pad_id = tokenizer.pad_token_id or 0
-    trainee = _trainee(trained, order, processes)
-    validation = loop.validation_loss(trainee, order, store, tokens, pad_id, processes)
-    shutil.rmtree(handed)
-    cpu_s = sum(step["cpu_s"] for step in steps_there)
-    return {**metrics.results(records), "validation_loss": validation, "cpu_s": cpu_s, **_about(run, found)}
+    stop = Stop(end=lambda: os._exit(PreemptedError.exit_code))  # TRL ends with this process
+    with listening(stop, signal.SIGTERM, signal.SIGUSR2):
+        _drive(run, handed, stop, note)
+        found = read_json(handed / "result.json")
+        steps_there = read_jsonl(handed / "steps.jsonl")
+        _finite(steps_there)
+        records = _records(run, steps_there, found["device"])
+        with atomic_write(store.metrics(order.id)) as file:
+            file.writelines(map(json_line, records))
+        trained = load.pretrained(str(handed / "trained"), dtype=torch.float32, attn_implementation=attention.NAME)
+        with atomic_directory(store.final(order.id)) as directory:
+            load.save(model, trained.state_dict(), tokenizer, stop_token_ids, order.model.dtype, directory)
+        pad_id = tokenizer.pad_token_id or 0
+        trainee = _trainee(trained, order, processes)
+        validation = loop.validation_loss(trainee, order, store, tokens, pad_id, processes)
+        shutil.rmtree(handed)
+        cpu_s = sum(step["cpu_s"] for step in steps_there)
+        results = {**metrics.results(records), "validation_loss": validation, "cpu_s": cpu_s}
+        commit({**results, **_about(run, found)})
 
 
 def _about(run: _Run, found: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +206,7 @@ def _divisor(train_: TrainSpec) -> int:
     return next(size for size in range(most, 0, -1) if train_.global_batch % size == 0)
 
 
-def _drive(run: _Run, handed: Path, note: Note) -> None:
+def _drive(run: _Run, handed: Path, stop: Stop, note: Note) -> None:
     """Run the driver to its end."""
     command = [
         trl_terms.python(run.order),
@@ -205,8 +214,8 @@ def _drive(run: _Run, handed: Path, note: Note) -> None:
         str(Path(__file__).with_name("trl_driver.py")),
         str(handed / "setting.json"),
     ]
-    stop, log = Stop(), handed / "log.txt"
-    with listening(stop, signal.SIGTERM, signal.SIGUSR2), log.open("wb") as output:
+    log = handed / "log.txt"
+    with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             while process.poll() is None and stop.number is None:
