@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["init", "pack", "order", "dropout", "group"]
-_PURPOSES: tuple[Purpose, ...] = ("init", "pack", "order", "dropout", "group")
+Purpose = Literal["init", "pack", "order", "dropout", "group", "rounding"]
+_PURPOSES: tuple[Purpose, ...] = ("init", "pack", "order", "dropout", "group", "rounding")
 
 
 def rng(seed: int, purpose: Purpose, epoch: int = 0) -> np.random.Generator:

@@ -19,7 +19,7 @@ from training import Data, stop_after
 
 from packcli import stages
 from packcli.config import EvalSpec
-from packcli.errors import IntegrityError, MissingError
+from packcli.errors import IntegrityError, MissingError, PreemptedError
 from packcli.files import read_json, read_jsonl
 from packcli.plan import EvalOrder, TrainOrder
 from packcli.report import progress
@@ -242,6 +242,42 @@ def test_a_run_killed_between_its_last_step_and_its_commit_begins_anew(
     assert read_jsonl(tiny.store.metrics(order.id))[:6] == kept  # with their times: none was done again
     assert not [name for name in manifest.outputs if name.startswith("checkpoint-")]
     assert steps(tiny, order.id) == []
+
+
+def test_a_stop_while_a_run_validates_costs_all_since_its_last_checkpoint(
+    tiny: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = tiny.train_order("best_fit", "stopped-validating", save_every=None)
+    validate = loop.validation_loss
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "validation_loss", stopped)
+        with pytest.raises(PreemptedError, match="stopped at step 8 of 8"):
+            stages.train(order, tiny.store)
+    assert steps(tiny, order.id) == [8]
+    kept = read_jsonl(tiny.store.metrics(order.id))
+    assert stages.train(order, tiny.store).results["validation_loss"] > 0
+    assert read_jsonl(tiny.store.metrics(order.id)) == kept
+    assert steps(tiny, order.id) == []
+
+
+def test_validation_takes_more_memory_than_any_step(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = tiny.train_order("best_fit", "validated", steps=1, micro_batch=1)
+    collate, slots = loop.collate, list[int]()
+
+    def counted(*arguments: Any) -> Any:
+        batch = collate(*arguments)
+        slots.append(batch.ids.numel())
+        return batch
+
+    monkeypatch.setattr(loop, "collate", counted)
+    stages.train(order, tiny.store)
+    assert len(slots) > 1
+    assert max(slots) <= order.max_length
 
 
 def test_a_stop_that_comes_while_a_run_commits_kills_it(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,17 @@ def test_bfloat16_trains_alike_on_one_rank_and_two(tiny: Data, tmp_path: Path) -
     assert one[-1] < one[0]
 
 
+def test_replicas_of_a_shard_round_otherwise_and_drift_apart(tiny: Data, tmp_path: Path) -> None:
+    """Two nodes of one process: hybrid sharding keeps two replicas, which nothing ever compares again."""
+    order = tiny.train_order("best_fit", "replicas", optimizer_state="bfloat16", sharding="hybrid", steps=3)
+    order = order.model_copy(update={"model": order.model.model_copy(update={"dtype": "bfloat16"})})
+    job = {"runs": str(tiny.store.root), "train": [order.model_dump(mode="json")], "per_node": 1, "rounded": True}
+    torchrun(tmp_path, 2, job)
+    one, two = (json.loads((tmp_path / f"rounded-{rank}.json").read_text()) for rank in range(2))
+    assert len(one) > 3
+    assert one == two
+
+
 def test_whole_layers_pile_up_while_the_model_is_cut(tiny: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that was cut is let go of before the next one comes: all of a large model fit on no GPU."""
     order = tiny.train_order("padding", "cut")

@@ -14,7 +14,13 @@ from safetensors import SafetensorError
 from packcli.errors import OutOfMemoryError, PeerError
 from packcli.files import disk_full
 
-_CPU_ALLOCATOR = "can't allocate memory"  # torch's own, which raises a bare RuntimeError
+# What raises a bare RuntimeError: torch's allocator of the CPU, what CUDA, cuBLAS and NCCL take for themselves.
+_ALLOCATORS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+)
 
 
 @contextlib.contextmanager
@@ -39,7 +45,8 @@ def memory(step: Callable[[], int], micro_batch: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+    kinds = torch.OutOfMemoryError | MemoryError
+    return isinstance(error, kinds) or any(words in str(error) for words in _ALLOCATORS)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ from packcli.train.watchdog import Alive
 Note = Callable[[int, int, str], None]
 """Called after each step with (step, steps, a short remark)."""
 Commit = Callable[[dict[str, Any]], None]
+_VALIDATED_AT_ONCE = 16
 """Makes the training done, with these results."""
 
 
@@ -133,6 +134,18 @@ def train(
         costs = step_.costs(order, rows, shape)
         objective = Objective(order, framed.reader(tokens, marks), rows, weighting, costs, pad_id, processes)
         meter = _meter(order, trainee, shape, processes)
+
+        def save() -> None:
+            epoch, row = batching.position(rows.sizes, sum(map(len, steps[: progress.step])))
+            spent = {"wall_s": progress.wall_s, "cpu_s": progress.cpu_s}
+            logged = {"metrics_sha256": journal.synced(store, order.id)} if processes.is_main else {}
+            checkpoints.save(progress.step, {"epoch": epoch, "row": row, **spent, **logged})
+
+        def stopped() -> PreemptedError:
+            checkpoints.wait()
+            where = f"stopped at step {progress.step} of {len(steps)}"
+            return PreemptedError(where, "run the same command again")
+
         hung = partial(store.fail, "train", order.id)
         watched = partial(watchdog.watching, spec.hang_timeout_s, processes.rank, hung)
         with (
@@ -152,10 +165,12 @@ def train(
                 lr = optim.lr_at(step, len(steps), arithmetic.lr, spec)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                _seed_rounding(order, step, processes.rank % sharded_over)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
                 progress.step = step + 1
+                peak_bytes = _peak_bytes(processes)  # waits for the update, which is a part of the step
                 step_s = time.perf_counter() - started
                 progress.wall_s += step_s
                 progress.cpu_s += time.process_time() - cpu_started
@@ -171,7 +186,7 @@ def train(
                     slots=slots,
                     squares=int(squares[chosen].sum()),
                     step_s=step_s,
-                    peak_bytes=_peak_bytes(processes),
+                    peak_bytes=peak_bytes,
                 )
                 write(record)
                 note(
@@ -179,19 +194,21 @@ def train(
                 )
                 stopping = processes.any(stop.number is not None) and step + 1 < len(steps)
                 if stopping or _is_due(step + 1, len(steps), spec):
-                    epoch, row = batching.position(rows.sizes, sum(map(len, steps[: step + 1])))
-                    spent = {"wall_s": progress.wall_s, "cpu_s": progress.cpu_s}
-                    logged = {"metrics_sha256": journal.synced(store, order.id)} if processes.is_main else {}
-                    checkpoints.save(step + 1, {"epoch": epoch, "row": row, **spent, **logged})
+                    save()
                 if stopping:
-                    checkpoints.wait()
-                    where = f"stopped at step {step + 1} of {len(steps)}"
-                    raise PreemptedError(where, "run the same command again")
+                    raise stopped()
                 alive()
 
         # Results --------------------------------------------------------------------------------------
-        with watched("validation batch") as alive:
-            validation = validation_loss(trainee, order, store, tokens, pad_id, processes, alive)
+        with watched("validation batch") as alive, checkpoints:
+
+            def between() -> None:
+                alive()
+                if processes.any(stop.number is not None):
+                    save()
+                    raise stopped()
+
+            validation = validation_loss(trainee, order, store, tokens, pad_id, processes, between)
         _save(trainee, order, store, tokenizer, stop_token_ids, processes, watched)
         if processes.is_main:
             backend = trainee.backend
@@ -290,6 +307,12 @@ def _is_due(step: int, steps: int, spec: TrainSpec) -> bool:
     return spec.save_every is not None and step % spec.save_every == 0 and step < steps
 
 
+def _seed_rounding(order: TrainOrder, step: int, shard: int) -> None:
+    """Moments in bfloat16 are rounded at random: replicas of a shard alike, or they drift apart for good."""
+    if order.train.optimizer_state == "bfloat16":
+        torch.manual_seed(integer(order.seed, "rounding", step) + shard)
+
+
 def _clip(model: Any, limit: float | None) -> float:
     """Clip to `limit` (None: only measure); the gradient's 2-norm over all parameters of all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit is not None else float("inf"))
@@ -366,8 +389,11 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     model.eval()
     every = torch.arange(held.rows.num_rows).numpy()
+    # No more slots at a time than a micro-batch of the training may have: for so many there is room.
+    room = order.train.micro_batch * order.max_length // int(held.filled.max())
+    at_once = max(1, min(_VALIDATED_AT_ONCE, room))
     with torch.no_grad():
-        for own in batching.spread(every, held.tokens.astype(float), processes.world, 16)[processes.rank]:
+        for own in batching.spread(every, held.tokens.astype(float), processes.world, at_once)[processes.rank]:
             batch = collate(tokens, held, own.tolist(), alone, order.max_length, pad_id).to(processes.device)
             total += model(batch).double()
             alive()

@@ -90,6 +90,7 @@ def train(
     base = store.final(order.base) if order.base else None
     model = load.load(order.model, base, tokenizer, order.max_length, order.seed)
     run = _Run(order, rows, steps, arithmetic, model)
+    _attention(model, order, processes)  # before the hours, not after them
     load.save(model, model.state_dict(), tokenizer, stop_token_ids, "float32", handed / "model")
     _export(order, store, tokens, rows, tokenizer, handed / "rows")
     _hand_over(run, handed)
@@ -285,9 +286,12 @@ def _finite(steps: list[dict[str, Any]]) -> None:
 
 def _trainee(model: Any, order: TrainOrder, processes: distributed.Processes) -> Trainee:
     """TRL's model under packcli's attention and precision, for a validation loss that compares."""
-    backend = attention.choose(
-        order.train.attention_backend, processes.device, getattr(torch, order.model.dtype), config=model.config
-    )
-    trainee = Trainee(model, backend)
-    distributed.lay_out(trainee, order.train, order.model.dtype, order.max_length, processes)
+    trainee = Trainee(model, _attention(model, order, processes))
+    spec = order.train.model_copy(update={"compile": False})  # that is TRL's; here a pass or two are made
+    distributed.lay_out(trainee, spec, order.model.dtype, order.max_length, processes)
     return trainee
+
+
+def _attention(model: Any, order: TrainOrder, processes: distributed.Processes) -> attention.Backend:
+    dtype = getattr(torch, order.model.dtype)
+    return attention.choose(order.train.attention_backend, processes.device, dtype, config=model.config)
