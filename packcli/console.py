@@ -40,7 +40,7 @@ def show(renderable: Any) -> None:
 
 
 def finish(failures: Iterable[Any]) -> None:
-    """Say what failed, each cause once, and exit with the code of the gravest: 6 only when nothing else failed."""
+    """Say what failed, each cause once, and exit with the code of the first: 6 only when nothing else failed."""
     said: dict[str, str] = {}
     for failure in failures:
         said.setdefault(failure.cause, failure.fix)

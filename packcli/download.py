@@ -122,8 +122,18 @@ def _wanted(need: Need, commit: str, names: Collection[str]) -> tuple[str, ...]:
             raise ConfigError(f"`{need.name}` on Hugging Face has no tokenizer", "check `model.tokenizer`")
         return tuple(sorted(text))
 
-    def read(name: str) -> Any:
-        return read_json(Path(hf_hub_download(need.name, name, revision=commit)))
+    def unreadable(name: str, why: str) -> ConfigError:
+        return ConfigError(f"`{name}` of `{need.name}` on Hugging Face {why}", "take another `revision`")
+
+    def read(name: str) -> dict[str, Any]:
+        path = Path(hf_hub_download(need.name, name, revision=commit))
+        try:
+            value = read_json(path)
+        except ValueError:
+            raise unreadable(name, "is no JSON") from None
+        if not isinstance(value, dict):
+            raise unreadable(name, "is no JSON object")
+        return value
 
     if "config.json" not in names:
         raise ConfigError(f"`{need.name}` on Hugging Face is no model: no config.json", "check `model.name`")
@@ -134,7 +144,12 @@ def _wanted(need: Need, commit: str, names: Collection[str]) -> tuple[str, ...]:
             f"`{need.name}` on Hugging Face has no weights in safetensors, and packcli loads no other",
             "write them with `save_pretrained` of transformers, and name that directory",
         )
-    shards = set(read(weights)["weight_map"].values()) if weights.endswith(".json") else {weights}
+    shards = {weights}
+    if weights.endswith(".json"):
+        by_tensor = read(weights).get("weight_map")
+        if not isinstance(by_tensor, dict) or not all(isinstance(file, str) for file in by_tensor.values()):
+            raise unreadable(weights, "names no file of each tensor under `weight_map`")
+        shards = set(by_tensor.values())
     if absent := shards - set(names):
         raise ConfigError(
             f"`{need.name}` on Hugging Face lacks `{min(absent)}`, which its index of weights names",

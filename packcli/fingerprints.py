@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ from packcli.eval.probe import probes
 from packcli.files import clear_unfinished, digest, read_sealed, sha256_file, write_sealed
 from packcli.plan import needed, source_key, task_key
 from packcli.store import Store
+
+# Files of a checkpoint. Of JSON a tokenizer reads a part; one too many here tokenizes again in vain, one that is
+# missed passes off old tokens as new. `config.json` may name its class.
+_TEXT = (".jinja", ".model", ".txt")
+_JSON_OF_TOKENIZERS = re.compile(r"^config\.json$|token|vocab|merges|tekken|chat_template")
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
@@ -46,15 +54,34 @@ def fingerprints(spec: SweepSpec, store: Store) -> dict[str, str]:
 
 
 def checkpoint(name: str, hashes: FileHashes, *, weights: bool) -> str:
-    """A local directory by its files; a hub id by its name and revision, which is provisional for a branch."""
+    """A local directory by its files, of its tokenizer alone without `weights`; a hub id by its name and revision,
+    which is provisional for a branch.
+    """
     directory = Path(name)
-    if not directory.is_dir():
+    if not os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises over what may not be looked at
         if name.startswith((".", "/", "~")):
             raise ConfigError(f"no checkpoint directory `{name}`", "check `model.name` and `model.tokenizer`")
         return name
-    endings = (".json", ".jinja", ".model", ".txt", *((".safetensors",) if weights else ()))
-    files = sorted(file for file in directory.iterdir() if file.suffix in endings)
-    return digest([[file.name, hashes.sha256(file)] for file in files])
+    try:
+        files = sorted(
+            file for file in directory.iterdir() if _counts(file, weights=weights) and not file.is_dir()
+        )
+        if not weights:
+            files += sorted(directory.glob(_TEMPLATES))
+        return digest([[file.relative_to(directory).as_posix(), hashes.sha256(file)] for file in files])
+    except OSError as error:
+        cause = f"`{error.filename}` cannot be read: {error.strerror}"
+        raise ConfigError(cause, "mend it, or take it out of the directory") from None
+
+
+def _counts(file: Path, *, weights: bool) -> bool:
+    """Whether a file of a checkpoint enters its fingerprint; without `weights`, that of its tokenizer."""
+    match file.suffix:
+        case ".json":
+            return weights or bool(_JSON_OF_TOKENIZERS.search(file.name))
+        case ".safetensors":
+            return weights
+    return file.suffix in _TEXT
 
 
 def scoring(task: str, spec: EvalSpec, hashes: FileHashes) -> str:

@@ -33,7 +33,7 @@ _TOP_KEYS = ("name", *_SECTIONS, "matrix", "include", "exclude", "arms", "baseli
 # A sweep's directory lies beside these.
 _TAKEN = ("store", "slurm")
 # Where pydantic puts the branch of a union into an error's location: no part of a key.
-_UNION_TAGS = frozenset({"constrained-str", "list[str]"})
+_UNION_TAGS = frozenset({"literal['all-linear']", "tuple[str, ...]"})
 
 
 class Value(NamedTuple):
@@ -84,7 +84,8 @@ def _build(
         return None
     _check_name(document.get("name"), problems)
     base = {section: dict(document.get(section) or {}) for section in _SECTIONS}
-    fixed = _apply_sets(base, document.get("matrix") or {}, sets, problems)
+    axes_set = [*(document.get("matrix") or {}), *itertools.chain(*(document.get("include") or []))]
+    fixed = _apply_sets(base, axes_set, sets, problems)
     arms = _arms(document.get("arms") or {}, problems)
     combinations = list(_combinations(document, lines, problems, max_cells))
     if len(combinations) > max_cells:
@@ -178,24 +179,53 @@ def _is_block(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def parse_set(item: str) -> tuple[str, Any]:
+    """Key and value of a `--set KEY=VALUE`, the value read as YAML.
+
+    Raises:
+        ConfigError: it is no key=value, or more than one value.
+    """
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ConfigError(f"`--set {item}` is not key=value", "for example --set train.lr=1e-5")
+    given = parse(f"value: {text}", f"--set {key}")[0]
+    if len(given) > 1:  # a line break in it, and more keys behind
+        raise ConfigError(f"`--set {key}`: more than one value", "repeat --set for each key")
+    return key, given["value"]
+
+
 def _apply_sets(
-    base: dict[str, Any], matrix: Mapping[str, Any], sets: Sequence[str], problems: Problems
+    base: dict[str, Any], axes: Sequence[str], sets: Sequence[str], problems: Problems
 ) -> frozenset[str]:
-    """Write each `--set` into `base`; the keys set, because they take precedence over an arm's own."""
-    fixed = set()
+    """Write each `--set` into `base`; the single keys set, because they take precedence over an arm's own."""
+    fixed = set[str]()
     for item in sets:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"`--set {item}` is not key=value", "for example --set train.lr=1e-5")
-        if key in matrix:
-            raise ConfigError(f"`--set {key}`: it is an axis of the matrix", f"choose with --only {key}=VALUE")
+        key, value = parse_set(item)
+        keys = {*_keys_in(key, value)}
+        for axis in axes:
+            if any(_is_within(one, axis) or _is_within(axis, one) for one in keys):  # the axis would win
+                named = "it" if axis == key else f"`{axis}`"
+                raise ConfigError(
+                    f"`--set {key}`: {named} is an axis of the matrix, or of `include`",
+                    f"choose with --only {axis}=VALUE, or change the file",
+                )
         if _check_path(key, ("--set",), problems):
-            given = parse(f"value: {text}", f"--set {key}")[0]
-            if len(given) > 1:  # a line break in it, and more keys behind
-                raise ConfigError(f"`--set {key}`: more than one value", "repeat --set for each key")
-            _set(base, key, given["value"])
-            fixed.add(key)
+            _set(base, key, value)
+            fixed |= keys
     return frozenset(fixed)
+
+
+def _keys_in(key: str, value: Any) -> Iterator[str]:
+    """The single keys that are set where `key` is set to `value`, which may be a block of them."""
+    if isinstance(value, dict) and value:
+        for inner, held in value.items():
+            yield from _keys_in(f"{key}.{inner}", held)
+    else:
+        yield key
+
+
+def _is_within(key: str, block: str) -> bool:
+    return key == block or key.startswith(f"{block}.")
 
 
 def _arms(own: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
@@ -315,7 +345,8 @@ def _cell(
     problems: Problems,
 ) -> CellSpec | None:
     raw = _copied(base)
-    for axis, value in combination.items():
+    # A block before the keys in it, wherever they stand: else it would undo what their labels say.
+    for axis, value in sorted(combination.items(), key=lambda item: item[0].count(".")):
         if axis not in ("arm", "seed"):
             _set(raw, axis, value)
     for section in _SECTIONS:
@@ -332,8 +363,9 @@ def _cell(
         problems.add(("matrix", "arm"), f"unknown arm `{arm}`; {hint}")
         return None
     raw["arm"] = dict(arms[arm])
+    said = fixed.union(*(_keys_in(axis, value) for axis, value in combination.items()))
     for key in ("batch_unit", "global_batch"):
-        if f"train.{key}" in combination or f"train.{key}" in fixed:
+        if f"train.{key}" in said:
             raw["arm"][key] = None  # precedence: matrix or --set, then the arm, then train
     raw["seed"] = combination.get("seed", 0)
     name = raw["model"].get("name")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from packcli import log, papersteps, stages
+from packcli import log, papersteps, stages, sweepfile
 from packcli.config import LENGTHS_ALONE, ArmSpec, DataSpec
 from packcli.data import formats, hub, sources
 from packcli.errors import ConfigError, DataError
-from packcli.files import atomic_write
+from packcli.files import atomic_write, make_directory
 from packcli.plan import Cell, Plan
 from packcli.store import Store
-from packcli.yamlfile import parse
 
 if TYPE_CHECKING:
     from packcli.data.index import Index
@@ -37,7 +38,7 @@ _SWEEP_SUFFIXES = (".yaml", ".yml")
 def is_data(name: str) -> bool:
     """Whether an argument names data rather than a sweep file."""
     return Path(name).suffix not in _SWEEP_SUFFIXES and (
-        Path(name).exists()
+        os.path.exists(name)  # noqa: PTH110 - Path.exists raises over what may not be looked at
         or Path(name).suffix in formats.SUFFIXES
         or any(character in name for character in "*?[")
         or name in sources.BUILTIN
@@ -55,13 +56,14 @@ def data_plan(
 ) -> Plan:
     """Every built-in arm that needs lengths alone, at several row lengths. `sets`: `data.KEY=VALUE`."""
     given: dict[str, Any] = {"source": source, "max_length": max_length, "template": template}
+    own = {*given}
     for item in sets:
-        key, _, value = item.partition("=")
-        if not key.startswith("data.") or key.count(".") > 1 or key[5:] in given:
+        key, value = sweepfile.parse_set(item)
+        if not key.startswith("data.") or key.count(".") > 1 or key[5:] in own:
             raise ConfigError(
-                f"`--set {item}`: of a data file only other keys of `data` can be set", "data.mapping=..."
+                f"`--set {key}`: of a data file only other keys of `data` can be set", "data.mapping=..."
             )
-        given[key[5:]] = parse(f"value: {value}", f"--set {key}")[0]["value"]
+        given[key[5:]] = value
     try:
         data = DataSpec.model_validate(given)
     except ValidationError as error:
@@ -117,8 +119,10 @@ def _paper(plan: Plan, looked: Any) -> list[dict[str, Any]] | None:
 def sampled(plan: Plan, count: int, scratch: Path) -> tuple[Plan, Store]:
     """The plan with its first `count` conversations only, prepared in a store of its own."""
     store = Store(scratch)
-    few = {"max_documents": count, "fingerprints": ()}
-    tokens = {id_: order.model_copy(update=few) for id_, order in plan.tokens.items()}
+    tokens = {}
+    for id_, order in plan.tokens.items():
+        few = min(count, order.max_documents or count)
+        tokens[id_] = order.model_copy(update={"max_documents": few, "fingerprints": ()})
     small = plan.model_copy(update={"tokens": tokens})
     for order in tokens.values():
         stages.prepare_tokens(order, store)
@@ -180,29 +184,47 @@ def draw(plan: Plan, store: Store, file: Path) -> None:
         output.write(drawing.picture(documents, panels, max_length, title, note).encode())
 
 
+def check_picture(file: Path) -> None:
+    """Raise `ConfigError` before the work where no picture could be written after it."""
+    _check_writable(file.parent, "the picture")
+    if os.path.isdir(file):  # noqa: PTH112 - Path.is_dir raises over what may not be looked at
+        raise ConfigError(f"`{file}` is a directory", "name a file, such as --draw rows.svg")
+
+
+def check_export(plan: Plan, directory: Path) -> None:
+    """The same of `export`, which replaces nothing but an earlier one."""
+    from packcli.data import export as exporting
+
+    targets = _exports(plan, directory)
+    _check_writable(directory.parent if directory in targets else directory, "the export")
+    for target in targets:
+        exporting.check_replaceable(target)
+
+
+def _check_writable(directory: Path, what: str) -> None:
+    make_directory(directory, what)
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(
+            f"{what} cannot be written to `{directory}`: no permission", "name a directory that can be written"
+        )
+
+
 def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
-    """Each distinct row index of the plan as a `datasets` directory: in `directory`, or several below it."""
+    """Every cell of the plan as a `datasets` directory: `directory`, or several in it; equal ones once."""
     from packcli.data import export as exporting
     from packcli.data import framed
     from packcli.data.tokenizer import load_directory
 
-    chosen = {cell.index: cell for cell in reversed(plan.cells)}
-    names = [_file_name(cell.labels) for cell in chosen.values()]
-    written = []
-    for index in dict.fromkeys(cell.index for cell in plan.cells):
-        cell = chosen[index]
-        order, manifest = plan.indexes[index], store.manifest("index", index)
+    targets = _exports(plan, directory)
+    for target, cell in targets.items():
+        order, manifest = plan.indexes[cell.index], store.manifest("index", cell.index)
         assert manifest is not None
         tokenizer = store.tokenizer(cell.tokens)
-        name = _file_name(cell.labels)
-        if not name or names.count(name) > 1:  # labels differ in characters that a name does not keep
-            name = f"{name}-{index}".lstrip("-")
-        target = directory if len(chosen) == 1 else directory / name
         prepared = exporting.Prepared(
             tokens=_tokens(store, cell.tokens),
-            index=_rows(store, index),
+            index=_rows(store, cell.index),
             marks=framed.marks(order.layout.boundary, partial(load_directory, tokenizer)),
-            validation=_held_out(store, index),
+            validation=_held_out(store, cell.index),
             order=order,
             arm=plan.trains[cell.train].arm,
             pad_id=load_directory(tokenizer).pad_token_id or 0,
@@ -210,8 +232,25 @@ def export(plan: Plan, store: Store, directory: Path) -> list[Path]:
             tokenizer=tokenizer,
         )
         exporting.export(prepared, target, lambda done, total, remark: None)
-        written.append(target)
-    return written
+    return [*targets]
+
+
+def _exports(plan: Plan, directory: Path) -> dict[Path, Cell]:
+    """Where each export goes. Arms may share an index and yet differ in what their export, or its README, says."""
+    distinct: dict[tuple[str, ...], Cell] = {}
+    for cell in plan.cells:
+        arm = plan.trains[cell.train].arm
+        distinct.setdefault((cell.index, arm.attention, arm.positions, arm.loss), cell)
+    cells = [*distinct.values()]
+    if len(cells) == 1:
+        return {directory: cells[0]}
+    names = [_file_name(cell.labels) for cell in cells]
+    counts = Counter(names)
+    return {
+        # Labels may differ only in characters that a name does not keep.
+        directory / (name if name and counts[name] == 1 else f"{name}-{cell.train}".lstrip("-")): cell
+        for cell, name in zip(cells, names, strict=True)
+    }
 
 
 def _file_name(labels: dict[str, str]) -> str:

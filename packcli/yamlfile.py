@@ -26,9 +26,12 @@ MAX_DEPTH = 64
 """Levels of keys; JSON, by which ids are made, has an end too."""
 _MAX_SHOWN = 50
 _MAX_VALUES = 100_000  # aliases of aliases multiply: a few lines of YAML can stand for billions of values
-FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+# No two of its parts can match the same digits: a number of a million that is none would take hours to refuse.
+FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 """Text that is a number here, and none to PyYAML: `1e5`."""
-_MERGE = "tag:yaml.org,2002:merge"
+_MOST_SIXTIES = 10
+"""Colons in a number of base 60 (`1:30`, YAML 1.1) that can have 63 bits or fewer."""
+_MERGE, _INT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:int"
 _KINDS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
@@ -45,6 +48,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
+            if (
+                node.tag == _INT and str(node.value).count(":") > _MOST_SIXTIES
+            ):  # PyYAML takes hours over a million
+                raise OverflowError
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, ArithmeticError) as error:  # such as `!!bool x`, or 5,000 digits
             problem = f"no value can be made of this ({type(error).__name__})"

@@ -271,7 +271,7 @@ def test_validation_takes_more_memory_than_any_step(tiny: Data, monkeypatch: pyt
 
     def counted(*arguments: Any) -> Any:
         batch = collate(*arguments)
-        slots.append(batch.ids.numel())
+        slots.append(batch.num_slots)
         return batch
 
     monkeypatch.setattr(loop, "collate", counted)

@@ -365,6 +365,29 @@ def test_what_the_readme_warns_of_does_change_the_loss(model: Any, tmp_path: Pat
     assert abs(theirs - ours) > 1e-4 * ours
 
 
+@pytest.mark.parametrize(("attention", "positions"), [("document", "continue"), ("causal", "reset")])
+def test_an_arm_that_others_train_as_its_opposite_is_handed_on_without_a_recipe(
+    attention: str, positions: str, model: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    write(prepared(random_store(), "best_fit"), tmp_path / "plain")
+    arm = ArmSpec.model_validate({**ARMS["best_fit"], "attention": attention, "positions": positions})
+    cell = replace(prepared(random_store(), "best_fit"), arm=arm)
+    write(cell, tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "None of the three trains this arm" in readme
+    assert "```" not in readme
+    assert max(map(len, readme.splitlines())) < 130
+    row = loaded(tmp_path / "out")[0]
+    assert len(row["document_lengths"]) > 1
+    ours = our_loss(cell, [0], model)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        theirs = float(model(**readme_collator(tmp_path / "plain")([row]), use_cache=False).loss)
+    assert abs(theirs - ours) > 1e-4 * ours
+
+
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_the_readme_of_every_arm_can_be_written(arm: str) -> None:
     from packcli.data import export_readme

@@ -27,7 +27,8 @@ from hubserver import HubServer, Repository
 
 from packcli import download, fetch, stages, sweepfile
 from packcli.config import SweepSpec
-from packcli.errors import MissingError, PackcliError
+from packcli.data import hub
+from packcli.errors import ConfigError, MissingError, PackcliError
 from packcli.eval import protocol, scorers
 from packcli.store import Store
 
@@ -208,7 +209,7 @@ def test_one_failure_leaves_the_others_alone_and_each_says_its_fix(
     sources = f"[o/n, o/absent, o/private, o/busy, {others}]"
     secret = "hf_abcdefghijklmnopqrstuvwxyz"
     done = run("fetch", "--set", f"data.source={sources}", "--json", HF_TOKEN=secret)
-    assert done.code == 2, "the gravest of 2 and 6"
+    assert done.code == 2, "6 only where nothing else failed"
     assert [item["state"] for item in done.json()["items"]] == ["local", "failed", "fetched", *["failed"] * 6]
     causes = {item["cause"]: item["fix"] for item in done.json()["items"] if item["cause"]}
     for cause, fix in (
@@ -391,6 +392,37 @@ def test_what_goes_wrong_in_a_download_becomes_one_line(
     assert caught.value.cause.startswith(cause)
     assert caught.value.fix
     assert "\n" not in caught.value.cause + caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", '{"weight_map": []}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+    ],
+)
+def test_a_model_whose_files_have_another_shape_is_one_failure_and_no_bug(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    need = download.Need("model", "o/m", None)
+    snapshot = download._snapshot(need, FIRST)
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.safetensors").touch()
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    hub.remember("model", "o/m", None, FIRST)
+    files = download.cached(need).files
+    assert files == ("a.safetensors", "config.json", "model.safetensors.index.json")
+    (snapshot / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"`{name}` of `o/m` on Hugging Face"):
+        download._wanted(need, FIRST, files)
+    with pytest.raises(MissingError, match="not all of model `o/m`"):
+        download.cached(need)
 
 
 def test_weights_that_did_not_all_arrive_are_not_called_fetched(

@@ -75,12 +75,12 @@ def test_case_42_a_manifest_that_lists_files_elsewhere_vouches_for_nothing(tmp_p
 
 
 def test_case_42_an_export_replaces_nothing_through_a_link(tmp_path: Path) -> None:
-    from packcli.data.export import _replaceable
+    from packcli.data.export import check_replaceable
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "mine")
     with pytest.raises(ConfigError, match="a link"):
-        _replaceable(tmp_path / "out")
+        check_replaceable(tmp_path / "out")
     assert (tmp_path / "mine").is_dir()
 
 
@@ -246,6 +246,17 @@ def test_case_46_a_file_made_to_fill_memory_or_the_stack_is_one_error(tmp_path: 
     assert str(tmp_path / "sweep.yaml") in caught.value.cause
     assert time.monotonic() - started < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+
+
+NO_NUMBERS = {"digits and a letter": "1" * 50_000 + "z", "in base 60": "1" + ":1" * 300_000}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_case_46_a_value_that_is_nearly_a_number_does_not_take_minutes(name: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(ConfigError):
+        yamlfile.parse(f"a: {NO_NUMBERS[name]}", "sweep.yaml")
+    assert time.process_time() - started < 6
 
 
 # Case 15: what unpacks ------------------------------------------------------------------------------------

@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
+from packcli import fingerprints, sweepfile, yamlfile
 from packcli import plan as planning
-from packcli import sweepfile, yamlfile
 from packcli.config import SourceSpec, SweepSpec
 from packcli.data import sources
+from packcli.errors import ConfigError
+from packcli.files import digest, sha256_file
+from packcli.fingerprints import FileHashes
 from packcli.plan import Plan, closure, needed, plan, source_key
+from packcli.store import Store
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "ids.json"
@@ -321,6 +325,46 @@ def test_a_revision_and_a_task_protocol_are_part_of_their_keys() -> None:
 def test_a_plan_survives_its_own_file() -> None:
     plan_ = made(changed("model.base", BASE))
     assert Plan.model_validate_json(plan_.model_dump_json()) == plan_
+
+
+# What the files of a checkpoint change ------------------------------------------------------------------
+
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "config.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+
+
+def test_a_file_that_no_tokenizer_reads_tokenizes_nothing_again_and_each_that_it_reads_does(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "model"
+    (directory / "additional_chat_templates").mkdir(parents=True)
+
+    def fingerprint() -> str:
+        return fingerprints.checkpoint(str(directory), FileHashes(Store(tmp_path)), weights=False)
+
+    for name in TOKENIZER_FILES:
+        (directory / name).write_text("1")
+    before = fingerprint()
+    assert before == digest([[name, sha256_file(directory / name)] for name in TOKENIZER_FILES]), (
+        "as it always was"
+    )
+    for name in ("generation_config.json", "trainer_state.json", "model.safetensors.index.json"):
+        (directory / name).write_text("1")
+    assert fingerprint() == before
+    seen = {before}
+    for name in (*TOKENIZER_FILES, "additional_chat_templates/tool.jinja"):
+        (directory / name).write_text("2")
+        assert fingerprint() not in seen, name
+        seen.add(fingerprint())
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_link_to_nothing_in_a_checkpoint_is_named_and_no_traceback(tmp_path: Path, weights: bool) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json` cannot be read: No such file"):
+        fingerprints.checkpoint(str(tmp_path), FileHashes(Store(tmp_path)), weights=weights)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from conftest import Done, chat_records, write_lines
 
-from packcli import stages, sweepfile
-from packcli.errors import IntegrityError, MissingError
+from packcli import stages, sweepfile, views
+from packcli.errors import ConfigError, IntegrityError, MissingError
 from packcli.files import read_json, read_jsonl, sha256_file, write_json
 from packcli.plan import Plan
 from packcli.store import Store, normalized
@@ -683,3 +683,121 @@ def test_a_plan_of_data_takes_the_keys_that_its_hints_name(tmp_path: Path, run_c
     assert (done.json()["documents"][0]["documents"], done.json()["rejected"]) == (1, 1)
     done = run_cli("prepare", "x.jsonl", "--plan", "--set", "data.mappin=3", cwd=tmp_path)
     assert (done.code, "data.mappin" in done.stderr) == (2, True)
+    plan = views.data_plan(
+        "tiny", "some/tokenizer", "llama3", 64, ["data.max_documents=3", "data.max_documents=5"]
+    )
+    assert {order.max_documents for order in plan.tokens.values()} == {5}, "the last one, as of a sweep"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("data.max_documents", "is not key=value"),
+        ("data.on_error=skip\nmore: 3", "more than one value"),
+        ("data.source=tiny_base", "only other keys of `data`"),
+        ("train.lr=1", "only other keys of `data`"),
+    ],
+)
+def test_a_set_of_a_data_file_is_read_as_that_of_a_sweep(item: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        views.data_plan("tiny", "some/tokenizer", "llama3", 64, [item])
+    assert message in caught.value.cause
+
+
+# What would fail after the work, or be left out without a word -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--draw", "pictures"), "`pictures` is a directory"),
+        (("--draw", "."), "`.` is a directory"),
+        (("--draw", "file/x.svg"), "the picture cannot be written to `file`: it is a file"),
+        (("--export", "file"), "the export cannot be written to `file`: it is a file"),
+        (("--export", "file/rows"), "the export cannot be written to `file"),
+    ],
+)
+def test_a_picture_or_export_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, run_cli: Cli, options: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "file").touch()
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    for more in ((), ("--plan",)) if "--draw" in options else ((),):
+        done = run_cli("prepare", path, *options, *more, cwd=tmp_path)
+        assert (done.code, said in done.stderr, done.stdout) == (2, True, ""), done.stderr
+    assert not (tmp_path / "runs" / "store" / "tokens").exists()
+
+
+def test_a_picture_where_nobody_may_write_says_nothing_of_the_run_directory(
+    tmp_path: Path, run_cli: Cli, read_only: Path
+) -> None:
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    for option in (("--draw", read_only / "x.svg"), ("--export", read_only / "rows")):
+        done = run_cli("prepare", path, "--runs", "other", *option, cwd=tmp_path)
+        assert (done.code, "cannot be written to" in done.stderr, "--runs" in done.stderr) == (2, True, False), (
+            done.stderr
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--plan", "--export", "out"),
+        ("--plan", "--part", "1/4"),
+        ("--part", "1/4", "--show", 3),
+        ("--part", "1/4", "--draw", "x.svg"),
+        ("--part", "1/4", "--export", "out"),
+        ("--part", ""),
+    ],
+)
+def test_an_option_that_would_do_nothing_beside_another_is_refused(
+    tmp_path: Path, run_cli: Cli, options: tuple[object, ...]
+) -> None:
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    done = run_cli("prepare", path, *options, cwd=tmp_path)
+    assert (done.code, "--part" in done.stderr or "--export" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_path_that_the_system_will_not_look_at_is_a_usage_error(tmp_path: Path, run_cli: Cli) -> None:
+    """As of another user's file; a name that is too long is refused by the same call, even to root."""
+    name = "a" * 300
+    done = run_cli("prepare", f"{name}.jsonl", "--plan", cwd=tmp_path)
+    assert (done.code, "File name too long" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+    path = sweep(tmp_path, "tiny", max_documents=5)
+    done = run_cli("prepare", path, "--set", f"model.tokenizer=./{name}", cwd=tmp_path)
+    assert (done.code, "no checkpoint directory" in done.stderr) == (2, True), done.stderr
+
+
+def test_rows_are_shown_of_no_more_conversations_than_the_sweep_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "prepare_tokens", lambda *_: None)
+    monkeypatch.setattr(stages, "prepare_index", lambda *_: None)
+    for own, shown in ((10, 10), (5000, 1000), (None, 1000)):
+        path = sweep(tmp_path, "tiny", max_documents=own)
+        plan = stages.make_plan(sweepfile.load(path), Store(tmp_path / "runs"))
+        small, _ = views.sampled(plan, 1000, tmp_path / "scratch")
+        assert {order.max_documents for order in small.tokens.values()} == {shown}
+
+
+def test_an_arm_that_shares_its_rows_with_another_is_exported_too(tmp_path: Path) -> None:
+    own = {
+        "crossing": {"extends": "best_fit", "attention": "causal", "positions": "continue"},
+        "by document": {"extends": "best_fit", "loss": "document"},
+        "by_document": {"extends": "crossing", "loss": "document"},
+        "same": {"extends": "best_fit"},
+    }
+    path = sweep(tmp_path, "tiny", ("best_fit", *own))
+    path.write_text(path.read_text() + yaml.safe_dump({"arms": own}, sort_keys=False))
+    plan = stages.make_plan(sweepfile.load(path), Store(tmp_path / "runs"))
+    assert len(plan.indexes) == 1
+    found = views._exports(plan, tmp_path / "out")
+    assert [cell.labels["arm"] for cell in found.values()] == [
+        "best_fit",
+        "crossing",
+        "by document",
+        "by_document",
+    ]
+    assert [target.name.partition("-")[0] for target in found] == ["best_fit", "crossing", *["by_document"] * 2]

@@ -267,6 +267,41 @@ def test_a_set_that_would_do_nothing_is_refused(load_text: Load, item: str, mess
     assert message in caught.value.cause
 
 
+@pytest.mark.parametrize(
+    ("tail", "item", "message"),
+    [
+        (
+            "  model: [{name: a/b}, {name: c/d}]\n",
+            "model.dtype=bfloat16",
+            "`--set model.dtype`: `model` is an axis",
+        ),
+        (
+            "  train.lr: [1e-3]\n",
+            "train={epochs: 1, lr: 1, global_batch: 8}",
+            "`--set train`: `train.lr` is an axis",
+        ),
+        ("  train.lora.rank: [8]\n", "train.lora=null", "`--set train.lora`: `train.lora.rank` is an axis"),
+        ("include: [{arm: padding, train.clip: 2}]\n", "train.clip=1", "`--set train.clip`: it is an axis"),
+        ("include: [{arm: greedy, data: {max_length: 9}}]\n", "data.max_length=8", "`data` is an axis"),
+    ],
+)
+def test_a_set_that_an_axis_would_undo_is_refused(load_text: Load, tail: str, item: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(SWEEP + tail, sets=[item])
+    assert message in caught.value.cause
+
+
+def test_a_block_may_be_set_beside_an_axis_for_a_key_that_it_does_not_hold(load_text: Load) -> None:
+    spec = load_text(SWEEP + "  train.lr: [1e-3, 1e-4]\n", sets=["train={epochs: 2, global_batch: 8}"])
+    assert {(cell.train.epochs, cell.train.lr) for _, cell in spec.cells} == {(2, 1e-3), (2, 1e-4)}
+
+
+def test_an_axis_of_blocks_does_not_undo_one_of_a_key_in_them(load_text: Load) -> None:
+    axes = "  train.lr: [1e-3, 1e-4]\n  train: [{epochs: 1, lr: 1, global_batch: 8}]\n"
+    spec = load_text(SWEEP + axes, only=["arm=padding"])
+    assert [(values["train.lr"], cell.train.lr) for values, cell in spec.cells] == [("1e-3", 1e-3), ("1e-4", 1e-4)]
+
+
 def test_batch_unit_of_matrix_or_set_wins_over_the_arm_and_the_arm_over_train(load_text: Load) -> None:
     own = "arms: {mine: {extends: best_fit, batch_unit: documents}}\n"
     plain = SWEEP.replace("best_fit]", "mine]").replace("lr: 1e-3", "lr: 1e-3\n  batch_unit: tokens")
@@ -277,6 +312,23 @@ def test_batch_unit_of_matrix_or_set_wins_over_the_arm_and_the_arm_over_train(lo
     assert units(plain + own) == ["tokens", "documents"]
     assert units(plain + own, ("train.batch_unit=rows",)) == ["rows", "rows"]
     assert units(plain + "  train.batch_unit: [rows]\n" + own) == ["rows", "rows"]
+
+
+def test_a_key_of_matrix_or_set_wins_over_the_arm_from_within_a_block_too(load_text: Load) -> None:
+    text = SWEEP.replace("best_fit]", "mine]")
+    own = "arms: {mine: {extends: best_fit, global_batch: 4, batch_unit: documents}}\n"
+    block = "{epochs: 1, lr: 1, global_batch: 16}"
+    for spec in (load_text(text + own, sets=[f"train={block}"]), load_text(f"{text}  train: [{block}]\n{own}")):
+        arm = spec.cells[1][1].arm
+        assert (arm.global_batch, arm.batch_unit) == (None, "documents")
+
+
+@pytest.mark.parametrize("value", ["5", "[5]", "{a: b}"])
+def test_a_value_that_may_be_of_two_kinds_is_refused_by_the_key_in_the_file(load_text: Load, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(SWEEP.replace("lr: 1e-3", f"lr: 1e-3\n  lora: {{rank: 8, alpha: 16, targets: {value}}}"))
+    assert "sweep.yaml:9: `train.lora.targets`: Input should be 'all-linear'" in caught.value.cause
+    assert "tuple[" not in caught.value.cause
 
 
 def test_own_arms_extend_others_and_each_other(load_text: Load) -> None:

@@ -63,6 +63,12 @@ def prepare(
     """Make the token stores and row indexes of all cells, and print the ledger: where every token went."""
     from packcli import views
 
+    if plan_only and (export or part is not None):
+        raise ConfigError("--plan writes nothing: --export and --part do not go with it", "leave --plan out")
+    if part is not None and (show or draw or export):
+        raise ConfigError(
+            "--part makes no rows for --show, --draw or --export", "give them when all parts are done"
+        )
     if views.is_data(what):
         if not plan_only:
             raise ConfigError(
@@ -70,8 +76,8 @@ def prepare(
                 f"see what packing would do with it: `packcli prepare {what} --plan`; or train on it: "
                 f"`packcli sweep SWEEP --set data.source={what}`",
             )
-        if only or export or part:
-            raise ConfigError("--only, --export and --part need a sweep", "see `packcli prepare --help`")
+        if only:
+            raise ConfigError("--only needs a sweep", "see `packcli prepare --help`")
         asked = views.data_plan(what, tokenizer, template, max_length or 4096, set_ or ())
         _look(asked, None, tokenizer or views.OWN_TOKENIZER, show, draw, json)
         return
@@ -83,7 +89,7 @@ def prepare(
     plan, store = opened(Path(what), set_, only, runs, max_cells)
     if plan_only:
         _look(plan, store, "that of each cell", show, draw, json)
-    elif part:
+    elif part is not None:
         _prepared_part(plan, store, views.part_of(part), json)
     else:
         _prepare(plan, store, show, draw, export, json)
@@ -97,6 +103,8 @@ def _look(
     from packcli import views
     from packcli.report import outlook
 
+    if draw:
+        views.check_picture(draw)
     document = views.outlook(plan, tokenizer, store)
     console.print_json(document) if json else console.show(outlook.render(document))
     if show or draw:
@@ -112,6 +120,10 @@ def _prepare(
     from packcli.launch import local
     from packcli.report import ledger
 
+    if draw:
+        views.check_picture(draw)
+    if export:
+        views.check_export(plan, export)
     failures = local.run(plan, store, [("index", id_) for id_ in plan.indexes])
     document = ledger.collect(plan, store)
     if json:

@@ -79,7 +79,7 @@ def export(cell: Prepared, directory: Path, note: Callable[[int, int, str], None
     Raises:
         ConfigError: `directory` is a file, or holds anything but an earlier export, which is replaced.
     """
-    _replaceable(directory)
+    check_replaceable(directory)
     splits = {"train": cell.index.epoch(0)}
     readers = {"train": framed.reader(cell.tokens, cell.marks), "validation": cell.tokens}
     if cell.validation is not None and cell.validation.rows.num_rows:
@@ -106,7 +106,7 @@ def export(cell: Prepared, directory: Path, note: Callable[[int, int, str], None
     return about
 
 
-def _replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raise `ConfigError` unless nothing but an earlier export would be lost."""
     hint = "choose another directory, or empty it"
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):

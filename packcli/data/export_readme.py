@@ -90,6 +90,21 @@ a micro-batch that holds for `sdpa`, but flash attention then takes each row for
 each micro-batch's loss by the supervised tokens of that micro-batch: packcli's `loss: micro_batch`.
 """
 
+_CONTINUED = """\
+**None of the three trains this arm as it is**: its documents do not see each other, and its positions go on
+through the row. transformers and axolotl know documents by positions that begin again at 0, so with these
+`position_ids` documents of a row attend to each other. TRL with `padding_free=True` keeps them apart by
+`seq_lengths`, but makes positions of its own, from 0 in each. What trains it: `position_ids` as they are, and with
+them a mask (or lengths, for flash attention) made of `seq_lengths`.
+"""
+
+_RESET = """\
+**None of the three trains this arm as it is**: a token sees all of its row before it, and positions begin again in
+each document. transformers and axolotl take such positions for documents to keep apart, so with these
+`position_ids` no document sees another. TRL makes positions of its own, which go on through the row. What trains
+it: `position_ids` as they are, and with them a causal mask of the whole row.
+"""
+
 
 def text(about: dict[str, Any], arm: ArmSpec, with_tokenizer: bool) -> str:
     """The README. `about`: what `packcli.json` says; its keys are those of `export._about`."""
@@ -111,18 +126,31 @@ def text(about: dict[str, Any], arm: ArmSpec, with_tokenizer: bool) -> str:
             "## Training on it elsewhere\n",
             _READ,
             *_elsewhere(arm),
-            "### TRL\n",
-            _trl(arm, about["max_length"], with_tokenizer),
-            "### transformers\n",
-            _transformers(arm),
-            "### axolotl\n",
-            _AXOLOTL,
+            *_recipes(arm, about["max_length"], with_tokenizer),
         ]
     )
 
 
 def _several(arm: ArmSpec) -> bool:
     return arm.layout == "pack"
+
+
+def _are_told_apart(arm: ArmSpec) -> bool:
+    """Whether positions begin again where attention does: elsewhere they alone keep documents apart."""
+    return not _several(arm) or (arm.attention == "document") == (arm.positions == "reset")
+
+
+def _recipes(arm: ArmSpec, max_length: int, with_tokenizer: bool) -> list[str]:
+    if not _are_told_apart(arm):
+        return [_CONTINUED if arm.attention == "document" else _RESET]
+    return [
+        "### TRL\n",
+        _trl(arm, max_length, with_tokenizer),
+        "### transformers\n",
+        _transformers(arm),
+        "### axolotl\n",
+        _AXOLOTL,
+    ]
 
 
 def _layout(arm: ArmSpec) -> str:
@@ -157,7 +185,8 @@ def _elsewhere(arm: ArmSpec) -> list[str]:
     if arm.repack_each_epoch:
         said.append("- packcli packs this arm anew each epoch; here is the first epoch alone.")
     if arm.loss != "token":
-        said.append(f"- This arm's loss is `{arm.loss}`, see below for what a trainer computes instead.")
+        below = ", see below for what a trainer computes instead" if _are_told_apart(arm) else ""
+        said.append(f"- This arm's loss is `{arm.loss}`{below}.")
     return ["\n".join(said) + "\n"]
 
 

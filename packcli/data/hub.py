@@ -8,6 +8,7 @@ that a dataset brings along is never run.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ _FILE_ENDINGS = (*formats.SUFFIXES, *formats.COMPRESSED, ".txt", ".tsv")
 
 def is_dataset(source: str) -> bool:
     """Whether a source names a Hugging Face dataset: a paper set or `owner/name`; a path that exists is a path."""
-    if Path(source).exists():
+    if os.path.exists(source):  # noqa: PTH110 - Path.exists raises over what may not be looked at
         return False
     return source in PAPER_SETS or bool(_ID.fullmatch(source) and not source.endswith(_FILE_ENDINGS))
 

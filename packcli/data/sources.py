@@ -6,6 +6,7 @@ message can always say `file:number`.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -164,9 +165,10 @@ def files(spec: SourceSpec) -> tuple[Path, ...]:
     """The local files a source names, sorted by name.
 
     Raises:
-        ConfigError: nothing is there, or nothing there is of a known type.
+        ConfigError: nothing is there or may be looked at, or nothing there is of a known type.
     """
     path = Path(spec.source)
+    _refuse_unreachable(path)
     has_splits = (path / _SPLITS).is_file()
     _refuse_keys_of_the_hub(spec, has_splits)
     if has_splits:
@@ -194,6 +196,15 @@ def files(spec: SourceSpec) -> tuple[Path, ...]:
         if not os.access(file, os.R_OK):
             raise ConfigError(f"`{file}` is missing or may not be read", "check the file and its permissions")
     return tuple(found)
+
+
+def _refuse_unreachable(path: Path) -> None:
+    """A path that the system will not look at; `Path.is_file` would raise. What is not there is said elsewhere."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            (path / _SPLITS).stat()
+    except OSError as error:
+        raise ConfigError(f"`{path}`: {error.strerror}", "check the path and its permissions") from None
 
 
 def _is_unicode(path: Path) -> bool:
