@@ -34,7 +34,7 @@ from packcli.errors import ConfigError
 from packcli.files import digest
 
 Kind = Literal["tokens", "index", "train", "eval"]
-VERSIONS: dict[Kind, int] = {"tokens": 3, "index": 2, "train": 3, "eval": 2}
+VERSIONS: dict[Kind, int] = {"tokens": 4, "index": 2, "train": 3, "eval": 2}
 
 _ADDED = ("boundary", "group_by")  # to what a layout has, after the first ids: left out of them where it is "none"
 

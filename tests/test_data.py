@@ -57,6 +57,26 @@ NESTED: dict[str, tuple[dict[str, Any], chat.Messages]] = {
         TWO_TURNS,
     ),
     "prompt_messages": ({"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}, TWO_TURNS),
+    "alpaca_history": (
+        {"instruction": "c", "history": [["a", "b"]], "system": "s", "output": "d"},
+        [
+            {"role": role, "content": text}
+            for role, text in zip(("system", *("user", "assistant") * 2), "sabcd", strict=True)
+        ],
+    ),
+    "alpaca_no_history": (
+        {"instruction": ONE_TURN[0]["content"], "history": [], "output": "x"},
+        [ONE_TURN[0], {"role": "assistant", "content": "x"}],
+    ),
+    **{
+        f"{schema}_system": ({schema: TWO_TURNS, "system": "s"}, [{"role": "system", "content": "s"}, *TWO_TURNS])
+        for schema in ("messages", "conversations")
+    },
+    "system_twice": (
+        {"conversations": [{"role": "system", "content": "s"}, *TWO_TURNS], "system": "s"},
+        [{"role": "system", "content": "s"}, *TWO_TURNS],
+    ),
+    "system_blank": ({"conversations": TWO_TURNS, "system": " "}, TWO_TURNS),
 }
 
 
@@ -137,6 +157,29 @@ def test_case_08_a_file_that_no_schema_fits_names_its_fields_and_what_is_accepte
 def test_case_08_a_conversation_that_cannot_be_trained_on_says_why(record: Any, reason: str) -> None:
     with pytest.raises(chat.Rejected) as caught:
         chat.conversation(record, "messages")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "beside", "reason"),
+    [
+        ("conversations", {"system": 3}, "`system` is int, not text"),
+        ("conversations", {"system": "other"}, "`system` is another text than its first message"),
+        ("instruction", {"system": ["s"]}, "`system` is list, not text"),
+        ("instruction", {"history": "a: b"}, "`history` is str, not a list of pairs"),
+        ("instruction", {"history": {"a": "b"}}, "`history` is dict, not a list of pairs"),
+        ("instruction", {"history": [["a", "b"], ["c"]]}, "`history[1]` is not an instruction and its answer"),
+        ("instruction", {"history": [["a", None]]}, "`history[0]` is not an instruction and its answer"),
+        ("instruction", {"history": [["a", " "]]}, "an assistant turn is empty"),
+    ],
+)
+def test_what_was_said_before_is_rejected_where_it_cannot_be_read_and_not_lost(
+    schema: chat.Schema, beside: dict[str, Any], reason: str
+) -> None:
+    said = [{"role": "system", "content": "s"}, *ONE_TURN]
+    record = {"conversations": said} if schema == "conversations" else {"instruction": "a", "output": "b"}
+    with pytest.raises(chat.Rejected) as caught:
+        chat.conversation(record | beside, schema)
     assert reason in str(caught.value)
 
 

@@ -144,6 +144,19 @@ def test_a_sample_tells_what_the_whole_would(dataset: str) -> None:
         assert rows == pytest.approx(sum(allowed) / 2, rel=0.01), (dataset, arm)
 
 
+def test_a_sample_of_less_than_one_conversation_is_one() -> None:
+    plan = planned("llama3_8b", Store(Path("nowhere")))
+    chosen = next(cell for cell in plan.cells if cell.labels["data.source"] == "tulu")
+    order = plan.tokens[chosen.tokens]
+    quarter = order.sources[0].model_copy(update={"weight": 0.25})
+    order = order.model_copy(update={"max_documents": 1, "sources": (quarter,)})
+    index = plan.indexes[chosen.index]
+    layout = index.layout.model_copy(update={"validation_after_packing": False, "remainder": "keep"})
+    found = fitted.sample(order, index.model_copy(update={"layout": layout, "validation": 0.0}))
+    assert found is not None
+    assert found.times == 1
+
+
 # Steps of a sample --------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,43 @@ def test_a_template_that_never_ends_is_stopped(when: str, monkeypatch: pytest.Mo
     assert time.monotonic() - started < 20
 
 
+_LONG = {
+    "a loop in a later prompt": (
+        "{% if add_generation_prompt and messages|length > 3 %}" + ENDLESS["at rendering"] + "{% endif %}x",
+        3,
+    ),
+    "many turns": ("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}", 500),
+    "more turns": (
+        "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}",
+        3000,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", _LONG)
+def test_a_conversation_is_stopped_as_a_whole_and_not_each_of_its_turns(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "MOST_S", 0.2)
+    template, turns = _LONG[what]
+    messages = turns * [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"takes more than 0\.2 s for one conversation of {2 * turns:,} mess"):
+        render.Renderer(byte_tokenizer(template)).render(messages)
+    assert time.monotonic() - started < 5
+
+
+def test_the_beginnings_of_long_conversations_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_MOST_CHARACTERS", 5000)
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    renderer = render.Renderer(byte_tokenizer(template))
+    most = 0
+    for turns in range(1, 60):
+        renderer.render(turns * [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        most = max(most, sum(map(len, renderer._texts.values())))
+    assert 1000 < most <= 5000
+
+
 def test_a_limit_on_time_leaves_another_alarm_as_it_was() -> None:
     import signal
 

@@ -18,10 +18,14 @@ import pytest
 from conftest import chat_records, write_lines
 from huggingface_hub import HfApi
 from huggingface_hub import errors as client
+from test_tokens import byte_tokenizer, order_for
 
+from packcli import stages
 from packcli.config import SourceSpec
-from packcli.data import hub, sources
-from packcli.errors import ConfigError, DataError, MissingError, PackcliError
+from packcli.data import conversations, hub, render, sources, tokenize
+from packcli.errors import ConfigError, DataError, IntegrityError, MissingError, PackcliError
+from packcli.plan import TokenizerOrder, TokensOrder
+from packcli.store import Store
 
 
 def spec(source: Path | str, **keys: Any) -> SourceSpec:
@@ -83,20 +87,21 @@ class Hub:
                 pq.write_table(pa.Table.from_pylist(rows), directory / f"{stem}.parquet")
             else:
                 write_lines(directory / f"{stem}.jsonl", rows)
-        load, cache = datasets.load_dataset, str(directory.parent / "cache")
+        load, self.cache = datasets.load_dataset, directory.parent / "cache"
 
         def load_dataset(path: str, **options: Any) -> Any:
             self.calls.append({"path": path, **options, "offline": datasets.config.HF_HUB_OFFLINE})
             del options["revision"]
-            return load(str(directory), **options, cache_dir=cache)
+            return load(str(directory), **options, cache_dir=str(self.cache))
 
         def dataset_info(_: Any, repo_id: str, **options: Any) -> Any:
             assert options["timeout"] <= 10
             if isinstance(self.answer, Exception):
                 raise self.answer
-            return type("Info", (), {"sha": self.answer})
+            asked = options["revision"] or ""
+            return type("Info", (), {"sha": asked if len(asked) == 40 else self.answer})
 
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(self.cache))
         patch.setattr(datasets, "load_dataset", load_dataset)
         patch.setattr(HfApi, "dataset_info", dataset_info)
 
@@ -381,3 +386,94 @@ def test_a_cached_dataset_is_read_offline_at_its_revision(hub_at: Hub, tmp_path:
     assert f"the copy in the cache is of {COMMIT}" in other
     assert "no copy of `o/n@main[small:train]`" in subset
     assert streamed == "500"
+
+
+# Stores ------------------------------------------------------------------------------------------------
+
+
+def order_of(directory: Path, *specs: SourceSpec, **changes: Any) -> TokensOrder:
+    byte_tokenizer(render.template_text("plain")).save_pretrained(directory / "tokenizer")
+    named = {"tokenizer": TokenizerOrder(name=str(directory / "tokenizer")), "template": "plain"}
+    return order_for("tiny", **named, **changes).model_copy(update={"sources": specs})
+
+
+def interrupted(order: TokensOrder, store: Store, number: int) -> list[bytes]:
+    """All shards as they were, of which those from `number` on are not done any more."""
+    made = [file.read_bytes() for file in sorted(store.directory("tokens", order.id).glob("shard-*.arrow"))]
+    store.manifest_file("tokens", order.id).unlink()
+    for missing in range(number, len(made)):
+        store.shard_record(order.id, missing).unlink()
+    return made
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_store_is_of_one_commit_however_often_the_branch_moves(
+    hub_at: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setattr(tokenize, "STREAM_CHUNK", 1000)
+    original = sources.pieces
+    monkeypatch.setattr(sources, "pieces", lambda of, most: original(of, most, 100_000))
+    store, order = Store(tmp_path / "runs"), order_of(tmp_path, spec("o/n", streaming=streaming))
+    stages.prepare_tokens(order, store)
+    assert len(hub_at.calls) == 1, "each more may find another commit"
+    made = interrupted(order, store, 1)
+    assert len(made) > 1
+
+    hub_at.answer = "f" * 40
+    if not streaming:  # nor does it matter where the cache lies by now
+        hub_at.cache = hub_at.cache.rename(tmp_path / "moved")
+    manifest = stages.prepare_tokens(order, store)
+    assert {call["revision"] for call in hub_at.calls} == {COMMIT}
+    assert manifest.provenance["revisions"] == [COMMIT]
+    assert interrupted(order, store, len(made)) == made
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_store_begun_with_a_copy_of_no_known_commit_does_not_go_on_with_another(
+    hub_at: Hub, tmp_path: Path, streaming: bool
+) -> None:
+    hub_at.answer = TimeoutError()
+    store, order = Store(tmp_path / "runs"), order_of(tmp_path, spec("o/n", streaming=streaming))
+    assert stages.prepare_tokens(order, store).provenance["revisions"] == [None]
+    interrupted(order, store, 0)
+    stages.prepare_tokens(order, store)
+    interrupted(order, store, 0)
+    hub_at.answer = COMMIT
+    with pytest.raises(IntegrityError, match="begun without the hub") as caught:
+        stages.prepare_tokens(order, store)
+    assert str(store.directory("tokens", order.id)) in caught.value.fix
+
+
+def test_a_cache_that_holds_other_files_by_now_is_refused(
+    hub_at: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, order = Store(tmp_path / "runs"), order_of(tmp_path, spec("o/n", split="test"))
+    stages.prepare_tokens(order, store)
+    interrupted(order, store, 0)
+    found = sources.File(0, "o/n", (tmp_path / "other.arrow",))
+    monkeypatch.setattr(sources, "located", lambda of: iter([found]))
+    with pytest.raises(IntegrityError, match="other files of the cache"):
+        stages.prepare_tokens(order, store)
+
+
+@pytest.mark.parametrize("most", [None, 90, 2600])
+def test_a_stream_is_in_a_plan_and_in_a_trained_tokenizer(hub_at: Hub, tmp_path: Path, most: int | None) -> None:
+    """In the last place, whatever its place among the sources."""
+    write_lines(tmp_path / "x.jsonl", chat_records(80, first=9000))
+    local, keys = spec(tmp_path / "x.jsonl"), {"max_documents": most}
+    streamed = order_of(tmp_path, spec("o/n", streaming=True), local, **keys)
+    loaded = order_of(tmp_path, local, spec("o/n"), **keys)
+    found, expected = (
+        tokenize.measure(order, tmp_path / f"t{number}", lambda *_: None)
+        for number, order in enumerate((streamed, loaded))
+    )
+    assert found.conversations == expected.conversations == min(most or 2580, 2580)
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert found.content.tolist() == expected.content.tolist()
+
+    said, again = (
+        [(record.number, read) for record, read in conversations.everything(order.sources, most)]
+        for order in (streamed, loaded)
+    )
+    assert said == again
+    assert len(said) == min(most or 2580, 2580)

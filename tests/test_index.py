@@ -209,6 +209,18 @@ def test_the_ledger_accounts_for_every_token_of_the_released_code(
         assert ledger["tokens_dropped"] == gone
 
 
+@pytest.mark.parametrize("pad_to", ["longest", "max_length"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_packer_that_drops_every_row_says_so(pad_to: Any, after: bool) -> None:
+    """Too few documents for 64 workers: each drops the rest of its window, which is all it has."""
+    fake = FakeTokens([(10, [(4, 10)], n << 55) for n in range(500)])
+    order = index_order("random_released", 4096, 0.1)
+    changes = {"pad_to": pad_to, "validation_after_packing": after}
+    order = order.model_copy(update={"layout": order.layout.model_copy(update=changes)})
+    with pytest.raises(DataError, match="no row is left to train on of"):
+        index.build(order, fake, 500, 0)
+
+
 def test_a_turn_cut_short_keeps_its_place_and_its_first_label() -> None:
     """The released code cuts a turn's source and its answer; the answer then follows on the cut source."""
     fake = FakeTokens([(40, [(20, 40)], 0), (10, [(4, 10)], 0)])

@@ -204,15 +204,16 @@ def test_nothing_depends_on_how_the_system_lists_a_directory(
         )
 
     before = state()
-    listed = Path.rglob
+    walked, draw = os.walk, random.Random(0)
 
-    def shuffled(self: Path, pattern: str) -> Iterator[Path]:
-        found = list(listed(self, pattern))
-        random.Random(len(found)).shuffle(found)
-        return iter(found)
+    def shuffled(*args: Any, **keys: Any) -> Iterator[Any]:
+        for here, directories, names in walked(*args, **keys):
+            draw.shuffle(directories)
+            draw.shuffle(names)
+            yield here, directories, names
 
     globbed = sources.glob.glob
-    monkeypatch.setattr(Path, "rglob", shuffled)
+    monkeypatch.setattr(sources.os, "walk", shuffled)
     monkeypatch.setattr(sources.glob, "glob", lambda *args, **keys: globbed(*args, **keys)[::-1])
     assert state() == before
 
@@ -357,6 +358,36 @@ def test_hidden_files_are_no_data(tmp_path: Path) -> None:
     assert sources.files(spec(tmp_path)) == (tmp_path / "x.jsonl",)
 
 
+def test_a_directory_is_read_through_its_links_and_each_file_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "elsewhere" / "deep" / "b.jsonl", questions("b"))
+    write_lines(tmp_path / "chats" / "a.jsonl", questions("a"))
+    (tmp_path / "chats" / "part2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "chats" / "round").symlink_to(tmp_path / "chats")
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere")
+    found = sources.files(spec(tmp_path / "chats"))
+    assert found == (tmp_path / "chats" / "a.jsonl", tmp_path / "chats" / "part2" / "deep" / "b.jsonl")
+    (tmp_path / "chats" / "lost.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ConfigError, match=r"lost.jsonl` is missing"):
+        sources.files(spec(tmp_path / "chats"))
+
+
+def test_a_directory_that_may_not_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "a.jsonl", questions("a"))
+    write_lines(tmp_path / "part2" / "b.jsonl", questions("b"))
+    scan = os.scandir
+
+    def refused(path: Any) -> Any:  # whoever runs the tests may be allowed everything
+        if Path(path).name == "part2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ConfigError, match="part2` may not be read: Permission denied"):
+        sources.files(spec(tmp_path))
+
+
 @pytest.mark.parametrize("keys", [{"subset": "s"}, {"revision": "r"}, {"streaming": True}, {"split": "test"}])
 def test_a_key_for_the_hub_on_local_data_is_refused_and_not_ignored(tmp_path: Path, keys: dict[str, Any]) -> None:
     write_lines(tmp_path / "x.jsonl", questions("a"))
@@ -384,6 +415,23 @@ def test_a_damaged_table_is_bad_data_and_not_a_bug(tmp_path: Path, name: str, da
         assert "\n" not in caught.value.cause
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32()], ids=str)
+def test_a_date_that_python_has_not_is_bad_data_and_not_a_bug(tmp_path: Path, name: str, kind: Any) -> None:
+    whole = pa.int32() if kind == pa.date32() else pa.int64()
+    last = pa.array([(1 << (whole.bit_width - 1)) - 1], whole).view(kind)
+    table = pa.table({"question": ["a"], "answer": ["b"], "seen": last})
+    path = tmp_path / name
+    if name == "x.parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=r"not a readable (parquet|arrow) file: \w") as caught:
+        records_of(spec(path))
+    assert str(path) in caught.value.cause
+
+
 # What `datasets` saved ---------------------------------------------------------------------------------
 
 
@@ -409,3 +457,25 @@ def test_the_split_of_a_saved_dataset_dict_is_the_one_named(tmp_path: Path) -> N
     (tmp_path / "d" / "test" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(ConfigError, match="is missing"):
         sources.files(spec(tmp_path / "d", split="test"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("state.json", content) for content in ("{}", "[]", "3", '{"_data_files": [{}]}')),
+        ("state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}'),
+        ("state.json", '{"_data_files": [{"filename": "/x.arrow"}]}'),
+        ("state.json", '{"_data_files": [{"filename": 3}]}'),
+        *(("dataset_dict.json", content) for content in ("{}", "[]", '{"splits": 3}', '{"splits": [3]}')),
+    ],
+)
+def test_what_stands_beside_a_saved_dataset_is_checked_and_leads_nowhere_else(
+    tmp_path: Path, file: str, content: str
+) -> None:
+    write_columns(tmp_path / "x.arrow", 3, 3)
+    saved = tmp_path / "a" / "b"
+    saved.mkdir(parents=True)
+    (saved / "dataset_info.json").write_text("{}")
+    (saved / file).write_text(content)
+    with pytest.raises(DataError, match=f"{file}: not what `datasets` writes there"):
+        sources.files(spec(saved))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +177,55 @@ def test_rejected_conversations_are_counted_and_named_and_the_rest_goes_on(tmp_p
     assert [opened.origin(document) for document in range(4)] == [f"{path}:{n}" for n in (1, 3, 4, 6)]
 
 
+def test_a_rejected_record_is_counted_once_and_nothing_of_it_is_kept(tmp_path: Path) -> None:
+    """Whatever of it is found wrong, and however late: a field to keep, or a token of its second document."""
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    tagged = [record | {"tags": ["a"]} for record in chat_records(3)]
+    tagged[1]["tags"] = deep
+    packed = [{"input_ids": [5, 6, 7, 8, 9, 10], "seq_lengths": [2, 2, 2]} for _ in range(3)]
+    packed[1]["input_ids"][3] = 10**6
+    tokenizer = byte_tokenizer(render.template_text("plain"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = {"tokenizer": TokenizerOrder(name=str(tmp_path / "tokenizer")), "template": "plain"}
+    for records, documents, reason, options in (
+        (tagged, 2, "nested too deeply", {"fields": ("tags",), **named}),
+        (packed, 6, "is not one of the tokenizer's", named),
+    ):
+        path = write_lines(tmp_path / "x.jsonl", records)
+        _, _, results = open_store(order_for(path, id_=reason[:6], **options), tmp_path / "runs")
+        assert (results["documents"], results["rejected"]) == (documents, 1)
+        assert results["conversations"] == documents + 1
+        [rejected] = read_jsonl(Store(tmp_path / "runs").rejected(reason[:6]))
+        assert (rejected["record"], reason in rejected["reason"]) == (2, True)
+
+
+def test_a_conversation_of_which_the_template_writes_nothing_is_rejected(tmp_path: Path) -> None:
+    template = tmp_path / "some.jinja"
+    chatml = render.template_text("chatml")
+    template.write_text("{% if messages|length > 2 %}" + chatml + "{% else %}\n{% endif %}")
+    path = write_lines(tmp_path / "x.jsonl", [*chat_records(2, turns=2), *chat_records(1)])
+    recipe = TokenizerOrder(sources=(SourceSpec(source=str(path)),), template=str(template), vocab_size=300)
+    order = order_for(path, template=str(template), tokenizer=recipe)
+    opened, _, results = open_store(order, tmp_path / "runs")
+    assert (results["documents"], results["rejected"], len(opened.ends[1])) == (2, 1, 2)
+    [rejected] = read_jsonl(Store(tmp_path / "runs").rejected("t0"))
+    assert rejected["reason"] == "the chat template writes nothing for it"
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_too_many_bad_lines_name_a_bad_line_and_no_other_record(tmp_path: Path, most: int) -> None:
+    """Those of one file, or of two together."""
+    for name in ("a", "b"):
+        path = write_lines(tmp_path / "data" / f"{name}.jsonl", [*chat_records(1), {"messages": []}])
+        path.write_text(path.read_text() + "no JSON\n" + '{"messages": []}\n')
+    order = order_for(tmp_path / "data", on_error="skip", max_errors=most)
+    with pytest.raises(DataError, match=f"{most + 1} lines could not be parsed") as caught:
+        open_store(order, tmp_path / "runs")
+    assert "a.jsonl:3: not valid JSON" in caught.value.fix
+
+
 def test_a_shard_of_only_rejected_conversations_still_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +297,24 @@ def test_an_interrupted_build_resumes_and_ends_byte_equal(tmp_path: Path, monkey
     assert verify(directory) > 5
 
 
+def test_a_resumed_build_reads_each_file_where_it_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id says what a file holds and not its name: another may have that by now."""
+    small_pieces(monkeypatch, 400)
+    source = write_lines(tmp_path / "a.jsonl", chat_records(11))
+    store, order = Store(tmp_path / "runs"), order_for(source)
+    stages.prepare_tokens(order, store)
+    made = store.shard(order.id, 2).read_bytes()
+    store.manifest_file("tokens", order.id).unlink()
+    store.shard_record(order.id, 2).unlink()
+
+    moved = source.rename(tmp_path / "b.jsonl")
+    write_lines(source, chat_records(11, first=500))
+    stages.prepare_tokens(order_for(moved), store)
+    assert store.shard(order.id, 2).read_bytes() == made
+
+
 def test_a_trained_tokenizer_never_sees_a_validation_document(tmp_path: Path) -> None:
     records = chat_records(60)
     held_out = [
@@ -285,6 +357,53 @@ def test_a_trained_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> Non
         found.append({file.name: file.read_bytes() for file in sorted(target.iterdir())})
     assert found[0] == found[1]
     assert "tokenizer.json" in found[0]
+
+
+def test_a_tokenizer_is_trained_without_holding_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        """Stands in the messages, which no weak reference can point at."""
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def everything(*_: Any) -> Iterator[tuple[Any, Any]]:
+        nonlocal most
+        for number in range(3000):
+            held = Held()
+            alive.add(held)
+            most = max(most, len(alive))
+            texts = {"user": f"{number}?", "assistant": f"{number}!"}
+            yield None, [{"role": role, "content": text, "held": held} for role, text in texts.items()]
+
+    monkeypatch.setattr(conversations, "everything", everything)
+    tokenizers.build(order_for(tmp_path / "x.jsonl"))
+    assert most < 10
+
+
+def test_a_trainer_that_reads_is_interrupted_at_once_and_its_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own threads would read on to the end of the data, however far that is."""
+    texts = iter(f"text {number}" for number in range(10**9))
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    monkeypatch.setattr(tokenizers, "_training_split", lambda order: texts)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers.build(order_for(tmp_path / "x.jsonl"))
+    assert time.monotonic() - started < 20
+
+    monkeypatch.setattr(tokenizers, "_training_split", lambda order: iter(["\ud800"] * 5000))
+    with pytest.raises(UnicodeEncodeError):
+        tokenizers.build(order_for(tmp_path / "x.jsonl"))
+
+
+def test_data_that_no_tokenizer_can_be_trained_on_are_one_error(tmp_path: Path) -> None:
+    """Raised while the trainer reads, on whichever thread it does."""
+    tokenized_ = write_lines(tmp_path / "x.jsonl", [{"input_ids": [1, 2, 3]}])
+    with pytest.raises(ConfigError, match="tokenized already"):
+        tokenizers.build(order_for(tokenized_))
+    with pytest.raises(DataError, match="no usable conversation to train a tokenizer on"):
+        tokenizers.build(order_for(write_lines(tmp_path / "y.jsonl", [{"messages": []}])))
 
 
 def test_case_14_a_tokenizer_without_a_chat_template_is_refused_with_the_key_to_set(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def conversation(record: Any, schema: Schema) -> Messages:
             messages = [*_part(record, "question", "user"), *_part(record, "answer", "assistant")]
         case "tokenized":
             raise ValueError("a tokenized record holds no messages")
+    if "system" in record:
+        messages = _opening(record, messages)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         raise Rejected("no assistant turn")
@@ -123,14 +125,41 @@ def _instruction(record: Mapping[str, Any]) -> Messages:
     question, *more = _part(record, "instruction", "user")
     if more:
         raise Rejected("`instruction` is several turns, not text")
-    for field in ("input", "system"):  # may be missing; what is there must not be lost
-        if not isinstance(record.get(field), str | None):
-            raise Rejected(f"`{field}` is {type(record[field]).__name__}, not text")
-    extra, system = record.get("input") or "", record.get("system") or ""
-    if extra.strip():
+    if extra := _text(record, "input"):
         question["content"] += f"\n\n{extra}"
-    opening = [{"role": "system", "content": system}] if system.strip() else []
-    return [*opening, question, *_part(record, answer, "assistant")]
+    return [*_history(record), question, *_part(record, answer, "assistant")]
+
+
+def _history(record: Mapping[str, Any]) -> Messages:
+    """The turns before the instruction, as LLaMA-Factory has them: pairs of an instruction and its answer."""
+    pairs = record.get("history") or ()
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+        raise Rejected(f"`history` is {type(pairs).__name__}, not a list of pairs")
+    turns: Messages = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise Rejected(f"`history[{number}]` is not an instruction and its answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _opening(record: Mapping[str, Any], messages: Messages) -> Messages:
+    """The record's own `system`, as the first message."""
+    if not (system := _text(record, "system")):
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise Rejected("`system` is another text than its first message, a system message too")
+    return messages
+
+
+def _text(record: Mapping[str, Any], field: str) -> str:
+    """A field that may be missing, or blank: ""; what is there must not be lost."""
+    text = record.get(field)
+    if not isinstance(text, str | None):
+        raise Rejected(f"`{field}` is {type(text).__name__}, not text")
+    return text if text and not text.isspace() else ""
 
 
 def _part(record: Mapping[str, Any], field: str, role: str) -> Messages:

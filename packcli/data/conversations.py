@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import orjson
@@ -84,8 +85,8 @@ def _text(value: Any) -> str | None:
     return text.encode(errors="replace").decode()  # half of a surrogate pair is no valid Unicode
 
 
-def schema_of(records: Iterable[Record], source: SourceSpec, file: str) -> chat.Schema | None:
-    """The schema of a file, from its first record that can be parsed; None when it has none.
+def schema_of(records: Iterable[Record], source: SourceSpec, file: str) -> chat.Schema:
+    """The schema of a file, from its first record that can be parsed; where there is none, any will do.
 
     Raises:
         DataError: no schema fits.
@@ -94,7 +95,7 @@ def schema_of(records: Iterable[Record], source: SourceSpec, file: str) -> chat.
         if not isinstance(record.value, DataError):
             value = mapped(record.value, source.mapping) if source.mapping else record.value
             return chat.detect(value, f"{file}:{record.number}")
-    return None
+    return "messages"
 
 
 class Schemas:
@@ -103,9 +104,9 @@ class Schemas:
     def __init__(self, order_sources: tuple[SourceSpec, ...], first: dict[int, Piece]) -> None:
         self._sources, self._first = order_sources, first
         self._names = sources.names(order_sources)
-        self._known: dict[int, chat.Schema | None] = {}
+        self._known: dict[int, chat.Schema] = {}
 
-    def of(self, file: int) -> chat.Schema | None:
+    def of(self, file: int) -> chat.Schema:
         if file not in self._known:
             piece = self._first[file]
             source = self._sources[piece.source]
@@ -118,8 +119,18 @@ def everything(order_sources: tuple[SourceSpec, ...], max_documents: int | None)
     pieces = sources.pieces(order_sources, max_documents)
     schemas = Schemas(order_sources, first_pieces(pieces))
     for piece in pieces:
-        schema = schemas.of(piece.file) or "messages"
-        yield from parsed(sources.read(piece), order_sources[piece.source], schema)
+        yield from parsed(sources.read(piece), order_sources[piece.source], schemas.of(piece.file))
+    left = sources.left_for_streams(pieces, max_documents)
+    for source, file in sources.streamed(order_sources):
+        if left == 0:
+            return
+        records = islice(sources.stream(source, 0, file), left)
+        if (first := next(records, None)) is None:
+            continue
+        schema = schema_of([first], source, source.source)
+        for found in parsed(chain([first], records), source, schema):
+            left = None if left is None else left - 1
+            yield found
 
 
 def first_pieces(pieces: Iterable[Piece]) -> dict[int, Piece]:

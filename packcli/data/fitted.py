@@ -89,7 +89,7 @@ def sample(tokens: TokensOrder, order: IndexOrder) -> Sample | None:
     if others or not fitted or tokens.template not in (None, "llama3", "llama3_bare"):
         return None
     whole = papersteps.lengths(source.source)[0].documents
-    whole = round(min(whole, tokens.max_documents or whole) * source.weight)
+    whole = max(1, round(min(whole, tokens.max_documents or whole) * source.weight))
     # A fit has no seed, and no id to look up.
     order = order.model_copy(update={"id": "", "tokens": "", "seed": 0, "epochs": 1})
     return _sample(source.source, whole, order, tokens.template != "llama3_bare")

@@ -242,7 +242,8 @@ def _rows(path: Path, name: str, batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         with _readable(path, name):
             batch.validate(full=True)  # damaged offsets would end the process, text that is no UTF-8 the run
-        yield from batch.to_pylist()
+            rows = batch.to_pylist()
+        yield from rows
 
 
 def _row_groups(path: Path, name: str) -> Iterator[tuple[int, int]]:
@@ -284,7 +285,8 @@ def _readable(path: Path, name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:  # damaged pages come as OSError
+    # Damaged pages come as OSError, a date that Python has not (the year 294247) as one of the last two.
+    except (pa.ArrowException, OSError, OverflowError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{name}: not a readable {path.suffix[1:]} file: {reason}", "make the file again"

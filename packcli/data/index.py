@@ -172,13 +172,13 @@ def build(
         kept, held_out = released.validation_rows(epochs[0].rows.num_rows, order.validation, order.seed)
         held = _choose(epochs[0], held_out)
         epochs = [_choose(epochs[0], kept)]
-        if not len(kept):
-            few = f"no row is left to train on of {len(offered):,} documents"
-            raise DataError(few, "the released code drops the rest of each window: it needs more data")
     else:
         bare = Labels(documents)
         alone = _alone(everything[validation], documents.lengths, bare, order.max_length)
         held = summarise(alone, bare)
+    if not all(index.rows.num_rows for index in epochs):
+        few = f"no row is left to train on of {len(offered):,} documents"
+        raise DataError(few, "the released code drops the rest of each window: it needs more data")
     ledger = {"conversations_in": conversations, "conversations_rejected": rejected}
     ledger |= _ledger(order, epochs[0], held, framed, fitted, validation)
     check(ledger)

@@ -168,18 +168,8 @@ def _outlook(
         conversations_per_row=documents / ledger["rows"],
         steps_per_epoch=len(steps),
         documents_per_step=documents / len(steps),
-        sum_squares=squares(index, train.arm.attention == "causal"),
+        sum_squares=int(index.squares(train.arm.attention).sum()),
     )
-
-
-def squares(index: indexes.Index, crossing: bool) -> int:
-    """Sum of squared lengths of what attention runs over: whole rows, or each document's part of a row."""
-    rows = index.rows
-    if crossing:
-        return int((index.filled**2).sum())
-    part = np.cumsum(indexes.opens(rows)) - 1
-    lengths = np.bincount(part, rows.stop - rows.start).astype(np.int64)
-    return int((lengths**2).sum())
 
 
 def _distribution(lengths: NDArray[np.int64]) -> Distribution:

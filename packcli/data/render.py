@@ -39,7 +39,9 @@ _FIRST, _EVERY = 16, 1000
 # Conversations, from the first, that transformers renders too.
 _BY_TRANSFORMERS = 16
 # Beyond these, another sequence of roles is left to Jinja, and the texts of beginnings are made anew.
-_MOST_PROGRAMS, _MOST_TEXTS = 4096, 4096
+_MOST_PROGRAMS, _MOST_TEXTS, _MOST_CHARACTERS = 4096, 4096, 16 << 20
+# Messages: a longer conversation is left to Jinja, as it alone would fill `_texts`.
+_LONGEST = 1000
 # Spellings of control tokens: <|...|> with either bar, <s>, </s>, <bos>, <start_of_turn> and their like.
 _CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_[a-z_]+>")
 MOST_S = 30.0
@@ -90,6 +92,7 @@ class Renderer:
         self._symbolic = _symbolic(self._template, source) if fast else None
         self._programs: dict[tuple[str, ...], _Program | None] = {}
         self._texts: dict[tuple[tuple[str, ...], bool], str] = {}
+        self._held = 0  # characters of `_texts`
         self._count = 0
         self._prompt: str | None = None
 
@@ -110,14 +113,31 @@ class Renderer:
         contents = [message["content"] for message in messages]
         guarded = self._guard(contents)
         # An empty text, or nothing but white space, is more than `symbolic` promises to get right.
-        program = self._program(roles) if self.fast and all(map(str.strip, contents)) else None
+        fast = self.fast and len(roles) <= _LONGEST and all(map(str.strip, contents))
+        program = self._programs.get(roles) if fast else None
+        if program is not None and program.filled >= _FIRST and self._count % _EVERY:
+            text, spans = program.fill(contents)
+            program.filled += 1
+        else:
+            with within(MOST_S, _endless(len(roles))):
+                text, spans = self._carefully(roles, contents, fast)
+        if not text or text.isspace():
+            raise Rejected("the chat template writes nothing for it")
+        return Rendered(text, spans, guarded)
+
+    def _carefully(
+        self, roles: tuple[str, ...], contents: list[str], fast: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """By Jinja, or the fast way and then compared."""
+        messages = _messages(roles, contents)
+        program = self._program(roles) if fast else None
         if program is None:
-            return Rendered(*self._by_jinja(_messages(roles, contents)), guarded)
+            return self._by_jinja(messages)
         text, spans = program.fill(contents)
         program.filled += 1
         if program.filled <= _FIRST or self._count % _EVERY == 0:
-            self._compare(text, spans if program.filled == 1 else None, _messages(roles, contents))
-        return Rendered(text, spans, guarded)
+            self._compare(text, spans if program.filled == 1 else None, messages)
+        return text, spans
 
     def _guard(self, contents: list[str]) -> bool:
         """Put a `BREAK` into every control token that a message spells, in place; whether there was one."""
@@ -139,8 +159,7 @@ class Renderer:
             if self._symbolic is None or len(self._programs) == _MOST_PROGRAMS:
                 return None
             try:
-                with within(MOST_S, _endless()):
-                    text = self._marked(roles, False)
+                text = self._marked(roles, False)
                 spans = self._supervised(roles, text, lambda number, prompt: self._marked(roles[:number], prompt))
             except NotTransparent:
                 raise
@@ -156,13 +175,16 @@ class Renderer:
         """What the template writes for any messages with these roles, with marks for them (see `symbolic`)."""
         key = (roles, prompt)
         if key not in self._texts:
-            if len(self._texts) == _MOST_TEXTS:
-                self._texts.clear()
             assert self._symbolic is not None
             contents = [symbolic.Content(symbolic.Slot(number)) for number in range(len(roles))]
             messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
             given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
-            self._texts[key] = self._symbolic.render(given)
+            text = self._symbolic.render(given)
+            self._held += len(text)
+            if len(self._texts) == _MOST_TEXTS or self._held > _MOST_CHARACTERS:
+                self._texts.clear()
+                self._held = len(text)
+            self._texts[key] = text
         return self._texts[key]
 
     def _supervised(
@@ -217,15 +239,12 @@ class Renderer:
 
     def _apply(self, messages: Messages, prompt: bool = False) -> str:
         try:
-            with within(MOST_S, _endless()):
-                if self._template is None:
-                    return self._theirs(messages, prompt)
-                given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
-                text = str(self._template.render(given))
-                if self._count > _BY_TRANSFORMERS or text == self._theirs(messages, prompt):
-                    return text
-        except PackcliError:
-            raise
+            if self._template is None:
+                return self._theirs(messages, prompt)
+            given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
+            text = str(self._template.render(given))
+            if self._count > _BY_TRANSFORMERS or text == self._theirs(messages, prompt):
+                return text
         except Exception as error:  # what a program of somebody else's raises is no closed set
             raise Rejected(f"the chat template refuses it: {str(error)[:_SHOWN]}") from None
         self._template = None
@@ -320,8 +339,9 @@ def _compiled(source: str) -> Any:
         raise ConfigError(f"the chat template is not valid Jinja: {str(error)[:_SHOWN]}", hint) from None
 
 
-def _endless() -> ConfigError:
-    cause = f"the chat template takes more than {MOST_S:g} s for one conversation"
+def _endless(messages: int | None = None) -> ConfigError:
+    long = "" if messages is None else f" of {messages:,} messages"
+    cause = f"the chat template takes more than {MOST_S:g} s for one conversation{long}"
     return ConfigError(cause, "mend it, or set `data.template`, for example to chatml")
 
 

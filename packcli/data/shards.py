@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from packcli.config import SourceSpec
 from packcli.data import chat, conversations, encode, render, sources, tokenized
 from packcli.data.sources import Record
-from packcli.errors import DataError
+from packcli.errors import ConfigError, DataError
 from packcli.log import logger
 from packcli.plan import TokensOrder
 
@@ -36,6 +36,7 @@ class Shard:
     conversations   those, times their weight: `num_documents + len(rejected)`
     not_drawn       records that a weight below 1 left out
     errors          records that could not be parsed (`on_error: skip`); they are among the rejected
+    first_error     what was wrong with the first of those
     fields          of each document what its record says in each of `order.fields`, None where nothing
     """
 
@@ -51,6 +52,7 @@ class Shard:
     conversations: int
     not_drawn: int
     errors: int
+    first_error: str | None
     rejected: list[dict[str, Any]]
     stop_token_ids: list[int]
 
@@ -72,6 +74,7 @@ class _Columns:
     conversations: int = 0
     not_drawn: int = 0
     errors: int = 0
+    first_error: str | None = None
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -120,7 +123,7 @@ class Maker:
             if columns.errors > self._order.max_errors:
                 most = f"more than `data.max_errors: {self._order.max_errors}`"
                 cause = f"{columns.errors:,} lines could not be parsed, {most}"
-                raise DataError(cause, f"the last: {columns.rejected[-1]['reason']}")
+                raise DataError(cause, f"the first: {columns.first_error}")
         return self._shard(columns)
 
     def _add(self, columns: _Columns, batch: list[Any], source: SourceSpec) -> None:
@@ -132,18 +135,23 @@ class Maker:
                         columns, documents, record, source, chat.content_hash(found), self._renderer.render(found)
                     )
                 elif isinstance(found, conversations.Tokenized):
-                    for document in found.documents:
+                    for document in found.documents:  # all of them before any is taken
                         self._check_vocabulary(document)
+                    for document in found.documents:
                         self._take(columns, documents, record, source, tokenized.content_hash(document), document)
                 elif isinstance(found, DataError):
                     if self._order.on_error == "fail":
                         raise found
                     columns.errors += 1
+                    columns.first_error = columns.first_error or found.cause
                     self._reject(columns, record, found.cause)
                 else:
                     self._reject(columns, record, str(found))
             except chat.Rejected as reason:
                 self._reject(columns, record, str(reason))
+            except ConfigError as error:  # a template without an end, or a conversation without one
+                where = f"{self._files[record.file]}:{record.number}"
+                raise ConfigError(f"{where}: {error.cause}", error.fix) from None
         columns.read += len(batch)
         columns.encoded.append(self._encode(documents))
 
@@ -156,10 +164,11 @@ class Maker:
         content: int,
         document: Any,
     ) -> None:
+        # First, as they may be rejected: nothing is counted then.
+        fields = conversations.kept_fields(record, source, self._order.fields) if self._order.fields else ()
         copies = 1 if source.weight == 1.0 else chat.copies(content, source.weight)
         columns.not_drawn += not copies
         columns.conversations += copies
-        fields = conversations.kept_fields(record, source, self._order.fields) if self._order.fields else ()
         for _ in range(copies):
             columns.fields.append(fields)
             columns.content.append(content)
@@ -204,6 +213,7 @@ class Maker:
             conversations=columns.conversations,
             not_drawn=columns.not_drawn,
             errors=columns.errors,
+            first_error=columns.first_error,
             rejected=columns.rejected,
             # Of a dataset tokenized elsewhere, a span may end anywhere.
             stop_token_ids=np.intersect1d(stops, self._special).tolist(),

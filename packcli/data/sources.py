@@ -10,6 +10,7 @@ import contextlib
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ _HINT = (
 # What `datasets` writes beside the data.
 _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 _SIDE_FILES = frozenset({_INFO, _STATE, _SPLITS, "dataset_infos.json"})
+_ARROW_NAME = re.compile(r"\w[\w.-]*\.arrow")
 
 
 class Record(NamedTuple):
@@ -126,6 +128,29 @@ def pieces(
     return found
 
 
+class File(NamedTuple):
+    """What one of `names` stands for: its source and the files read under it, none of a corpus or a stream."""
+
+    source: int
+    name: str
+    paths: tuple[Path, ...]
+
+
+def located(sources: tuple[SourceSpec, ...]) -> Iterator[File]:
+    """What stands behind each of `names`, in order; a dataset that is not cached is downloaded.
+
+    Raises as `pieces` does.
+    """
+    for source, spec in enumerate(sources):
+        if is_builtin(spec):
+            _refuse_keys_of_the_hub(spec)
+            yield File(source, spec.source, ())
+        elif _on_hub(spec):
+            yield File(source, hub.name(spec), () if spec.streaming else hub.arrow_files(spec))
+        else:
+            yield from (File(source, str(file), (file,)) for file in files(spec))
+
+
 def num_bytes(piece: Piece) -> int:
     """Bytes of the text to read, where they are known without reading: JSON lines whole, JSON and CSV."""
     if piece.limit is not None:
@@ -154,6 +179,21 @@ def stream(spec: SourceSpec, skip: int = 0, file: int = 0) -> Iterator[Record]:
         yield Record(file, number, value)
 
 
+def streamed(sources: tuple[SourceSpec, ...]) -> list[tuple[SourceSpec, int]]:
+    """The sources without pieces, in order, each with the position of its name in `names`."""
+    found, file = [], 0
+    for spec in sources:
+        if is_streamed(spec):
+            found.append((spec, file))
+        file += len(_names(spec))
+    return found
+
+
+def left_for_streams(pieces: list[Piece], max_documents: int | None) -> int | None:
+    """How many records may yet be read after all pieces; None: all there are."""
+    return None if max_documents is None else max_documents - sum(piece.limit or 0 for piece in pieces)
+
+
 def local_bytes(spec: SourceSpec) -> int:
     """Size of a source's local files; 0 of what is packaged or on a hub."""
     if is_builtin(spec) or _on_hub(spec):
@@ -178,7 +218,7 @@ def files(spec: SourceSpec) -> tuple[Path, ...]:
     elif path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_data(file.relative_to(path))]
+        found = sorted(file for file in _inside(path) if _is_data(file.relative_to(path)))
     else:
         matches = glob.glob(spec.source, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [file for file in sorted(map(Path, matches)) if file.is_file()]
@@ -226,27 +266,15 @@ def _names(spec: SourceSpec) -> list[str]:
 
 
 def _unlimited(sources: tuple[SourceSpec, ...], piece_bytes: int) -> Iterator[Piece]:
-    position = itertools.count()
-    for source, spec in enumerate(sources):
-        if is_builtin(spec):
-            _refuse_keys_of_the_hub(spec)
-            yield Piece(source, next(position), spec.source, spec.source, "builtin", 0, 0, 1, None)
-            continue
-        for name, paths in _paths(spec):
-            file, number = next(position), 1
-            for path in paths:
-                kind = formats.kind(path)
-                for span in formats.spans(path, kind, name, piece_bytes):
-                    yield Piece(source, file, name, str(path), kind, span.start, span.stop, number, None)
-                    number += span.numbers
-
-
-def _paths(spec: SourceSpec) -> Iterator[tuple[str, tuple[Path, ...]]]:
-    """(name, the files read under it) of a source that is not built in."""
-    if _on_hub(spec):
-        yield hub.name(spec), () if spec.streaming else hub.arrow_files(spec)
-    else:
-        yield from ((str(file), (file,)) for file in files(spec))
+    for file, (source, name, paths) in enumerate(located(sources)):
+        if is_builtin(sources[source]):
+            yield Piece(source, file, name, name, "builtin", 0, 0, 1, None)
+        number = 1
+        for path in paths:
+            kind = formats.kind(path)
+            for span in formats.spans(path, kind, name, piece_bytes):
+                yield Piece(source, file, name, str(path), kind, span.start, span.stop, number, None)
+                number += span.numbers
 
 
 def _count(piece: Piece, most: int) -> int:
@@ -261,6 +289,23 @@ def _values(piece: Piece) -> Iterator[tuple[int, Any]]:
         told = topics.conversations() if piece.path in topics.SOURCES else corpus.conversations(piece.path)
         return enumerate(told, 1)
     return formats.values(Path(piece.path), piece.kind, piece.name, piece.start, piece.stop, piece.first_number)
+
+
+def _inside(directory: Path) -> Iterator[Path]:
+    """The files below a directory, through links too; a link that leads nowhere is among them, to be refused."""
+
+    def unreadable(error: OSError) -> None:
+        hint = "check its permissions, or name the files to read"
+        raise ConfigError(f"`{error.filename}` may not be read: {error.strerror}", hint)
+
+    for inside, directories, names in os.walk(directory, onerror=unreadable, followlinks=True):
+        here = Path(inside)
+        above = {
+            one.resolve() for one in (here, *(directory / one for one in here.relative_to(directory).parents))
+        }
+        # What is hidden is no data; a link to a directory that it lies in would be followed for ever.
+        directories[:] = [name for name in directories if name[0] != "." and (here / name).resolve() not in above]
+        yield from (file for name in names if (file := here / name).is_file() or not file.exists())
 
 
 def _is_data(file: Path) -> bool:
@@ -281,7 +326,11 @@ def _refuse_keys_of_the_hub(spec: SourceSpec, has_splits: bool = False) -> None:
 
 def _split(directory: Path, split: str) -> Path:
     """The directory of one split of what `DatasetDict.save_to_disk` wrote."""
-    listed = _json(directory / _SPLITS)["splits"]
+    path = directory / _SPLITS
+    found = _json(path)
+    listed = found.get("splits") if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise _not_saved(path)
     if split not in listed:
         raise ConfigError(
             f"`{directory}` has no split `{split}`; it has: {', '.join(listed)}", "set `split` to one of them"
@@ -291,7 +340,18 @@ def _split(directory: Path, split: str) -> Path:
 
 def _saved(directory: Path) -> list[Path]:
     """The files of what `Dataset.save_to_disk` wrote; others there are caches of its `map`."""
-    return [directory / file["filename"] for file in _json(directory / _STATE)["_data_files"]]
+    path = directory / _STATE
+    try:
+        names = [file["filename"] for file in _json(path)["_data_files"]]
+    except (LookupError, TypeError):
+        raise _not_saved(path) from None
+    if not all(isinstance(name, str) and _ARROW_NAME.fullmatch(name) for name in names):  # a path leads out of it
+        raise _not_saved(path)
+    return [directory / name for name in names]
+
+
+def _not_saved(path: Path) -> DataError:
+    return DataError(f"{path}: not what `datasets` writes there", "save the dataset again")
 
 
 def _json(path: Path) -> Any:

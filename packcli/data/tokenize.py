@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packcli import processes
+from packcli.config import SourceSpec
 from packcli.data import conversations, hub, sources, tokens
 from packcli.data import tokenizer as tokenizers
-from packcli.data.shards import Maker
+from packcli.data.shards import Maker, Shard
 from packcli.data.sources import Piece, Record
 from packcli.data.tokens import Tokens
-from packcli.errors import DataError, MissingError
+from packcli.errors import DataError, IntegrityError, MissingError
 from packcli.files import atomic_write, json_line, read_sealed, write_sealed
 from packcli.plan import TokensOrder
 from packcli.store import FileRecord, Store, check_listed, records
@@ -89,13 +90,57 @@ def _tasks(order: TokensOrder, store: Store) -> list[Task]:
     path = store.pieces(order.id)
     if path.exists():
         check_tokenizer(store, order.id)
+        # The id says what the files hold, not where: they may have been moved, and others may lie there now.
         pieces = [Piece(**item) for item in pieces_in(path)]
+        count = 1 + max((piece.file for piece in pieces), default=-1)
+        files = list(islice(sources.located(_as_begun(order, store)), count))
+        pieces = [_moved(piece, order, files, path) for piece in pieces]
     else:
-        pieces = sources.pieces(order.sources, order.max_documents)
+        revisions = [hub.resolved(source) if hub.is_dataset(source.source) else None for source in order.sources]
+        pieces = sources.pieces(_at(order.sources, revisions), order.max_documents)
         made = {name: record.model_dump() for name, record in records(store.tokenizer(order.id)).items()}
-        write_sealed(path, {"pieces": [asdict(piece) for piece in pieces], "tokenizer": made})
+        begun = {"pieces": [asdict(piece) for piece in pieces], "tokenizer": made, "revisions": revisions}
+        write_sealed(path, begun)
+    names = sources.names(order.sources)
+    pieces = [replace(piece, name=names[piece.file]) for piece in pieces]
     first = conversations.first_pieces(pieces)
     return [Task(number, piece, first[piece.file]) for number, piece in enumerate(pieces)]
+
+
+def _moved(piece: Piece, order: TokensOrder, files: list[sources.File], begun: Path) -> Piece:
+    """A piece at the path that its file has now."""
+    if piece.kind == "builtin":
+        return piece
+    paths = files[piece.file].paths
+    if hub.is_dataset(order.sources[piece.source].source):  # several files in a cache, which is moved as a whole
+        paths = tuple(path for path in paths if path.name == Path(piece.path).name)
+    if not paths:
+        cause = f"`{piece.name}` lies in other files of the cache than when {begun.parent} was begun"
+        raise IntegrityError(cause, _BEGIN_ANEW.format(begun.parent))
+    return replace(piece, path=str(paths[0]))
+
+
+def _as_begun(order: TokensOrder, store: Store) -> tuple[SourceSpec, ...]:
+    """The sources at the commits that a store was begun with: a branch may have moved since."""
+    path = store.pieces(order.id)
+    revisions = revisions_in(path)
+    for source, begun in zip(order.sources, revisions, strict=True):
+        if begun is None and hub.is_dataset(source.source) and (now := hub.resolved(source)):
+            cause = f"{path.parent} was begun without the hub, with whatever copy was cached"
+            raise IntegrityError(
+                f"`{source.source}`: {cause}; now it is commit {now}", _BEGIN_ANEW.format(path.parent)
+            )
+    return _at(order.sources, revisions)
+
+
+_BEGIN_ANEW = "delete {} and run again"
+
+
+def _at(of: tuple[SourceSpec, ...], revisions: list[str | None]) -> tuple[SourceSpec, ...]:
+    return tuple(
+        source.model_copy(update={"revision": commit}) if commit else source
+        for source, commit in zip(of, revisions, strict=True)
+    )
 
 
 def pieces_in(path: Path) -> list[dict[str, Any]]:
@@ -103,6 +148,12 @@ def pieces_in(path: Path) -> list[dict[str, Any]]:
     found = read_sealed(path)
     pieces: list[dict[str, Any]] = found if isinstance(found, list) else found["pieces"]
     return pieces
+
+
+def revisions_in(path: Path) -> list[str | None]:
+    """The commit of each source that is a dataset, as it was begun with; None: the hub could not be asked."""
+    revisions: list[str | None] = read_sealed(path)["revisions"]
+    return revisions
 
 
 def check_tokenizer(store: Store, id_: str) -> None:
@@ -113,44 +164,54 @@ def check_tokenizer(store: Store, id_: str) -> None:
         check_listed(store.tokenizer(id_), made, checksums=True)
 
 
-class _Worker:
-    """Makes shards in a process of its own; everything but the task is known beforehand."""
+class _Reader:
+    """Reads and tokenizes pieces in a process of its own; everything but the task is known beforehand."""
 
+    def __init__(self, order: TokensOrder, tokenizer: Path) -> None:
+        self._order = order
+        self._names = sources.names(order.sources)
+        self.maker = Maker(order, tokenizers.stored(tokenizer))
+
+    def shard(self, task: Task) -> Shard:
+        source, name = self._order.sources[task.piece.source], self._names[task.piece.file]
+        schema = conversations.schema_of(sources.read(task.first), source, name)
+        return self.maker.make(source, lambda: sources.read(task.piece), schema)
+
+
+class _Worker:
     def __init__(self, order: TokensOrder, root: Path) -> None:
         self._order, self._store = order, Store(root)
-        self._maker = Maker(order, tokenizers.stored(self._store.tokenizer(order.id)))
-        self._names = sources.names(order.sources)
+        self._reader = _Reader(order, self._store.tokenizer(order.id))
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        source = self._order.sources[task.piece.source]
-        name = self._names[task.piece.file]
-        schema = conversations.schema_of(sources.read(task.first), source, name) or "messages"
-        shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
-        return tokens.write(shard, self._store, self._order, task.number, self._maker.engine)
+        shard = self._reader.shard(task)
+        return tokens.write(shard, self._store, self._order, task.number, self._reader.maker.engine)
 
 
 def _make_streams(order: TokensOrder, store: Store, number: int, note: Note) -> int:
     """Shards of streamed sources, one after another: their length is not known. How many there are."""
-    streamed = [source for source in order.sources if sources.is_streamed(source)]
-    if not streamed:
+    if not sources.streamed(order.sources):
         return 0
     maker = Maker(order, tokenizers.stored(store.tokenizer(order.id)))
     begun = number
     left = order.max_documents
     if left is not None:
         left -= sum(read_sealed(store.shard_record(order.id, other))["read"] for other in range(number))
-    files = sources.names(order.sources)
-    for source in streamed:
-        skip, schema, file = 0, None, files.index(sources.names((source,))[0])
+    for source, file in sources.streamed(_as_begun(order, store)):
+        skip, schema = 0, None
+        rows: Iterator[Record] | None = None
         while left is None or left > 0:
             size = STREAM_CHUNK if left is None else min(left, STREAM_CHUNK)
             path = store.shard_record(order.id, number)
-            if not path.exists():
-                chunk = list(islice(sources.stream(source, skip, file), size))
+            if path.exists():
+                rows = None
+            else:
+                rows = rows or sources.stream(source, skip, file)  # once: what is skipped is downloaded, too
+                chunk = list(islice(rows, size))
                 if not chunk:
                     break
                 schema = schema or conversations.schema_of(chunk, source, source.source)
-                shard = maker.make(source, _again(chunk), schema or "messages")
+                shard = maker.make(source, _again(chunk), schema)
                 tokens.write(shard, store, order, number, maker.engine)
             record = read_sealed(path)
             skip, number = skip + record["read"], number + 1
@@ -171,8 +232,9 @@ def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
     totals = {key: sum(record[key] for record in records) for key in keys}
     rejected = [item for record in records for item in record["rejected"]]
     if totals["errors"] > order.max_errors:
+        first = next(record["first_error"] for record in records if record["errors"])
         cause = f"{totals['errors']:,} lines could not be parsed, more than `data.max_errors: {order.max_errors}`"
-        raise DataError(cause, f"the first: {rejected[0]['reason']}")
+        raise DataError(cause, f"the first: {first}")
     _write_rejected(store.rejected(order.id), rejected)
     files = sources.names(order.sources)
     if not totals["documents"]:
@@ -192,9 +254,10 @@ def _merge(order: TokensOrder, store: Store, count: int) -> dict[str, Any]:
 def provenance(order: TokensOrder, store: Store) -> dict[str, Any]:
     """What may differ between machines and yet gives the same bytes, and which revisions names meant."""
     engines = {read_sealed(path)["engine"] for path in store.shard_records(order.id)}
+    begun = zip(order.sources, revisions_in(store.pieces(order.id)), strict=True)
     return {
         "engines": sorted(engines),
-        "revisions": [hub.resolved(source) for source in order.sources if hub.is_dataset(source.source)],
+        "revisions": [commit for source, commit in begun if hub.is_dataset(source.source)],
     }
 
 
@@ -242,6 +305,7 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
         finished[place] = part
         note(len(finished), len(tasks), f"{sum(int(p[0].sum()) for p in finished.values()):,} tokens")
     parts = [finished[place] for place in range(len(tasks))]
+    parts += _measured_streams(order, directory, sources.left_for_streams(pieces, order.max_documents), note)
     if not any(len(part[0]) for part in parts):
         raise _nothing_usable(order, [item for part in parts for item in part[8]])
     base = np.cumsum([0, *(len(part[0]) for part in parts)])
@@ -261,16 +325,28 @@ def measure(order: TokensOrder, directory: Path, note: Note) -> Lengths:
 
 class _Measurer:
     def __init__(self, order: TokensOrder, directory: Path) -> None:
-        self._order = order
-        self._maker = Maker(order, tokenizers.stored(directory))
-        self._names = sources.names(order.sources)
+        self._reader = _Reader(order, directory)
 
     def __call__(self, task: Task) -> tuple[Any, ...]:
-        source, name = self._order.sources[task.piece.source], self._names[task.piece.file]
-        schema = conversations.schema_of(sources.read(task.first), source, name) or "messages"
-        shard = self._maker.make(source, lambda: sources.read(task.piece), schema)
-        document = np.repeat(np.arange(shard.num_documents), np.diff(shard.span_offsets))
-        start, stop = shard.spans.astype(np.int64).T
-        ends = shard.ids[shard.offsets[:-1]].astype(np.int64), shard.ids[shard.offsets[1:] - 1].astype(np.int64)
-        lengths, read = np.diff(shard.offsets), (shard.conversations, shard.rejected)
-        return lengths, shard.content, document, start, stop, *ends, *read
+        return _measured(self._reader.shard(task))
+
+
+def _measured_streams(
+    order: TokensOrder, directory: Path, left: int | None, note: Note
+) -> Iterator[tuple[Any, ...]]:
+    for source, file in sources.streamed(order.sources):
+        maker = Maker(order, tokenizers.stored(directory))
+        rows, read, schema = sources.stream(source, 0, file), 0, None
+        while chunk := list(islice(rows, STREAM_CHUNK if left is None else min(left, STREAM_CHUNK))):
+            read, left = read + len(chunk), None if left is None else left - len(chunk)
+            schema = schema or conversations.schema_of(chunk, source, source.source)
+            yield _measured(maker.make(source, _again(chunk), schema))
+            note(0, 0, f"{read:,} conversations streamed")
+
+
+def _measured(shard: Shard) -> tuple[Any, ...]:
+    document = np.repeat(np.arange(shard.num_documents), np.diff(shard.span_offsets))
+    start, stop = shard.spans.astype(np.int64).T
+    ends = shard.ids[shard.offsets[:-1]].astype(np.int64), shard.ids[shard.offsets[1:] - 1].astype(np.int64)
+    lengths, read = np.diff(shard.offsets), (shard.conversations, shard.rejected)
+    return lengths, shard.content, document, start, stop, *ends, *read

@@ -11,7 +11,7 @@ cut: their pieces come back as documents of their own, since nothing says that t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -40,11 +40,6 @@ class Document:
 
     ids: NDArray[np.int32]
     spans: NDArray[np.int32]
-
-
-def is_tokenized(keys: Collection[str]) -> bool:
-    """Whether a record with these fields holds token ids. Without labels or a mask it is trained on in full."""
-    return "input_ids" in keys
 
 
 def documents(record: Mapping[str, Any]) -> list[Document]:

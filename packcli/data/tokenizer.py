@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +143,7 @@ def _train(order: TokenizerOrder) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [message["content"] for messages in _training_split(order) for message in messages]
-    bpe.train_from_iterator([*texts, "system\n", "user\n", "assistant\n"], trainer)
+    _train_on(chain(_training_split(order), ("system\n", "user\n", "assistant\n")), bpe, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
@@ -149,8 +153,40 @@ def _train(order: TokenizerOrder) -> Any:
     )
 
 
-def _training_split(order: TokenizerOrder) -> list[chat.Messages]:
-    kept, reasons = [], set()
+def _train_on(texts: Iterator[str], bpe: Any, trainer: Any) -> None:
+    """Learn from texts while they are read; here, as the threads of a trainer that reads hear no Ctrl-C."""
+    waiting: queue.Queue[list[str] | BaseException | None] = queue.Queue(_BATCHES)
+
+    def given() -> Iterator[list[str]]:
+        while isinstance(item := waiting.get(), list):
+            yield item
+        if item is not None:
+            raise item
+
+    def hand(item: list[str] | BaseException | None) -> None:
+        while not trained.done():  # it ends early where it fails: nobody takes any more then
+            with contextlib.suppress(queue.Full):
+                return waiting.put(item, timeout=1)
+
+    with ThreadPoolExecutor(1) as thread:
+        trained = thread.submit(bpe.train_from_iterator, given(), trainer)
+        try:
+            while batch := list(islice(texts, _BATCH)):
+                hand(batch)
+        except BaseException as error:
+            hand(error)
+            raise
+        hand(None)
+        trained.result()
+
+
+# Texts that wait to be learned from.
+_BATCHES, _BATCH = 4, 256
+
+
+def _training_split(order: TokenizerOrder) -> Iterator[str]:
+    """What the messages say, one after another: all of them at once may be more than memory holds."""
+    kept, reasons = 0, set()
     for _, found in conversations.everything(order.sources, order.max_documents):
         if isinstance(found, chat.Rejected | DataError):
             reasons.add(str(found))
@@ -158,12 +194,12 @@ def _training_split(order: TokenizerOrder) -> list[chat.Messages]:
             fix = "name the tokenizer it was made with: `model.tokenizer`, or --tokenizer"
             raise ConfigError("the data is tokenized already: no tokenizer can be learned from it", fix)
         elif isinstance(found, list) and not chat.in_validation(chat.content_hash(found), order.validation):
-            kept.append(found)
+            kept += 1
+            yield from (message["content"] for message in found)
     if not kept:
         why = ", ".join(sorted(reasons)[:3]) or "the source is empty, or all of it is held out for validation"
         found_in = ", ".join(sources.names(order.sources))
         raise DataError(f"no usable conversation to train a tokenizer on in {found_in}: {why}", "see docs/data.md")
-    return kept
 
 
 def prepare(order: TokensOrder, directory: Path) -> None:

@@ -70,6 +70,7 @@ def write(shard: Shard, store: Store, order: TokensOrder, number: int, engine: s
         "tokens": len(shard.ids),
         "rejected": shard.rejected,
         "errors": shard.errors,
+        "first_error": shard.first_error,
         "stop_token_ids": shard.stop_token_ids,
         "engine": engine,
         "sha256": sha256_file(path),
