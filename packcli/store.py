@@ -22,7 +22,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -498,8 +498,24 @@ def verify(directory: Path) -> int:
         if not stages:
             hint = "name a stage directory in runs/store or a checkpoint, finished by packcli"
             raise IntegrityError(f"{directory}: no manifest.json, so nothing vouches for it", hint)
-        return sum(map(verify, stages))
+        return _verify_each(stages)
     return _verify_listed(home / MANIFEST, "outputs", directory)
+
+
+def _verify_each(directories: Sequence[Path]) -> int:
+    """All that is damaged, said at once."""
+    checked, problems = 0, list[IntegrityError]()
+    for directory in directories:
+        try:
+            checked += verify(directory)
+        except IntegrityError as error:
+            problems.append(error)
+    if len(problems) > 1:
+        causes = "\n".join(problem.cause for problem in problems)
+        raise IntegrityError(causes, "delete the directory of each, and run again")
+    if problems:
+        raise problems[0]
+    return checked
 
 
 def _verify_listed(path: Path, key: str, inside: Path) -> int:

@@ -199,7 +199,7 @@ def serve(directory: str) -> None:
     from packcli.launch import local, worker
 
     worker.Worker._do = _noting(worker.Worker._do)  # type: ignore[method-assign]
-    os.cpu_count = lambda: 1  # one worker at a time: what is passed when is the same in every run
+    local.cores = lambda: 1  # type: ignore[assignment]  # one worker at a time: what is passed when is the same in every run
     local._start = _fork_worker
     exec(compile(Path(directory, "setup.py").read_text(), "setup", "exec"), {})
     for line in sys.stdin:

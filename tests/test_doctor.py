@@ -302,6 +302,24 @@ def test_a_lock_that_does_not_lock_passes(tmp_path: Path, monkeypatch: pytest.Mo
     assert "-o flock" in found.fix
 
 
+def test_a_file_in_the_place_of_the_run_directory_is_well(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    (found,) = looked(tmp_path / "runs")
+    assert (found.name, found.state) == ("run directory", "failed")
+    assert "is a file" in found.found
+
+
+def test_a_full_disk_is_told_by_the_name_of_a_file_of_the_doctors_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    found = named(looked(tmp_path), "files")
+    assert (found.state, found.found) == ("failed", f"nothing can be written in {tmp_path}: the disk is full")
+
+
 def test_a_file_system_without_locks_ends_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(file: Any, how: int) -> None:
         raise OSError(37, "No locks available")

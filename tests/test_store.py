@@ -164,6 +164,19 @@ def test_a_missing_short_or_changed_file_is_found(tmp_path: Path) -> None:
     assert verify(directory) == 2
 
 
+def test_verify_tells_of_one_damaged_stage_at_a_time(tmp_path: Path) -> None:
+    runs = Store(tmp_path / "runs")
+    for id_ in ("a", "b", "c"):
+        finish(runs, id_)
+    runs.samples("a").write_bytes(b"")
+    runs.results("c").unlink()
+    with pytest.raises(IntegrityError) as caught:
+        verify(runs.root / "store")
+    one, other = caught.value.cause.split("\n")
+    assert str(runs.samples("a")) in one
+    assert str(runs.results("c")) in other
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"outputs": []}', b'{"outputs": {"a": 1}}'])
 def test_a_broken_manifest_vouches_for_nothing(tmp_path: Path, content: bytes) -> None:
     runs = Store(tmp_path / "runs")

@@ -406,7 +406,8 @@ def test_case_28_a_rank_that_hangs_after_its_last_step_is_not_seen(
     monkeypatch.setattr(watchdog, "watching", watching)
     order = tiny.train_order("best_fit", "watched", steps=2, hang_timeout_s=5)
     stages.train(order, tiny.store)
-    assert seen == {"step": 2, "validation batch": 1, "tensor of `final/`": len(tiny.model().model.state_dict())}
+    assert seen.pop("validation batch") > 1
+    assert seen == {"step": 2, "tensor of `final/`": len(tiny.model().model.state_dict())}
 
 
 def test_case_28_collectives_give_up_later_than_the_watchdog() -> None:
@@ -423,7 +424,15 @@ def test_case_29_out_of_memory_is_told_with_step_and_micro_batch_and_what_to_cha
     with pytest.raises(OutOfMemoryError, match=message) as caught, faults.memory(lambda: 3, 8):
         torch.empty(1 << 60, dtype=torch.uint8)
     assert "train.micro_batch" in caught.value.fix
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
+    others = [
+        RuntimeError(f"{words}, and more")
+        for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc 512 bytes")
+    ]
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        *others,
+    ):
         with pytest.raises(OutOfMemoryError), faults.memory(lambda: 1, 1):
             raise error
 

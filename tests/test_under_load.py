@@ -24,6 +24,8 @@ import under_load
 import yaml
 from conftest import MODEL, chat_records, write_lines
 
+from packcli.processes import cores
+
 COUNT = 50
 """Evaluations at once: forks of a process that has loaded what scoring takes."""
 
@@ -181,7 +183,7 @@ def run_under_load(
 ) -> dict[str, Any]:
     """The figures of a sweep of 3 x `seeds` cells; asserts all that must hold."""
     sweep, cells = sweep_file(directory, seeds, tasks), 3 * seeds
-    env, threads = environment(directory), max(1, (os.cpu_count() or 1) // workers)
+    env, threads = environment(directory), max(1, cores() // workers)
     with looking_on(readers, sweep, directory) as outs:
         began = time.monotonic()
         with (directory / "log").open("wb") as log:

@@ -69,7 +69,13 @@ def report(
         plan, store = opened(sweep, set_, only, runs, max_cells)
         kept.append(plan)
         if store.begun().isdisjoint(plan.stages()):
-            log.logger.warning("warning: nothing of `%s` has run in `%s` (see --runs)", plan.name, store.root)
+            others = len(store.begun())
+            also = (
+                f"; {others:,} stages of other settings, data or versions of packcli are there" if others else ""
+            )
+            log.logger.warning(
+                "warning: nothing of `%s` has run in `%s` (see --runs)%s", plan.name, store.root, also
+            )
         shown: Format = "json" if json else format_ or "table"
         collected = tables(plan, store, shown, against=against, everything=all_)
         kept.append(collected)

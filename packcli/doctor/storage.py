@@ -15,7 +15,7 @@ from typing import Any
 from packcli.doctor import elsewhere
 from packcli.doctor.checks import Check, Finding
 from packcli.doctor.machine import shown, size
-from packcli.errors import PackcliError
+from packcli.errors import MissingError, PackcliError
 from packcli.files import atomic_write, locked
 
 _LIMIT_S = 15.0
@@ -60,14 +60,22 @@ def there(path: Path) -> Path:
 def look(runs: str) -> list[dict[str, Any]]:
     """The findings on a run directory, which need not exist yet."""
     directory = there(Path(runs))
+    if Path(runs).exists() and not Path(runs).is_dir():
+        cause = f"{shown(Path(runs))} is a file"
+        return [_record(Finding("run directory", "failed", cause, "no stage can be made there", _ELSEWHERE))]
     found = [_kind(directory)]
     try:
         with tempfile.TemporaryDirectory(prefix=".packcli-doctor-", dir=directory) as name:
             found += [_writes(Path(name)), _locks(Path(name))]
-    except OSError as error:
-        cause = f"nothing can be written in {directory}: {error.strerror}"
+    except (OSError, MissingError) as error:
+        why = error.strerror if isinstance(error, OSError) else "the disk is full"
+        cause = f"nothing can be written in {directory}: {why}"
         found.append(Finding("files", "failed", cause, "no stage can be made there", _ELSEWHERE))
-    return [{key: getattr(one, key) for key in ("name", "state", "found", "means", "fix")} for one in found]
+    return [_record(one) for one in found]
+
+
+def _record(one: Finding) -> dict[str, Any]:
+    return {key: getattr(one, key) for key in ("name", "state", "found", "means", "fix")}
 
 
 def _kind(directory: Path) -> Finding:
@@ -146,7 +154,7 @@ def disk(directory: Path, needed_bytes: int = 0) -> Finding:
     found = f"{size(free)} free" + (f", {files:,} more files" if files is not None else "")
     fix = f"free some space, or {_ELSEWHERE}; what is finished is kept"
     if free < _LITTLE_BYTES or (files is not None and files < _LITTLE_FILES):
-        return Finding("disk", "failed", found, "the disk is full: nothing can be made there", fix)
+        return Finding("disk", "failed", found, "the disk is all but full: little can be made there", fix)
     if free < needed_bytes:
         means = f"the sweep takes about {size(needed_bytes)}"
         return Finding("disk", "missing", found, means, fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from packcli.errors import MissingError, RunError
 from packcli.eval import protocol
 from packcli.memory import Setup
 from packcli.plan import EvalOrder, Kind, Plan, TrainOrder
+from packcli.processes import cores
 from packcli.store import Store
 
 _FINAL = {"float32": 4, "bfloat16": 2}
@@ -112,14 +112,14 @@ class Sweep:
     def _of_data(self) -> Iterator[tuple[str, str]]:
         if not self._todo:
             return
+        if missing := [f"{need.what} {need.name}" for need in self.remote if not _is_cached(need)]:
+            yield "hub", f"{', '.join(missing)}: not in the cache here"
         yield "memory for it", "training"
         yield "disk", "what is to be made"
         yield "sweep files", "scoring"
         for need in self.remote:
             if need.kind == "dataset":
                 yield "extra data", f"{need.what} {need.name}"
-            if not _is_cached(need):
-                yield "hub", f"{need.what} {need.name}, which is not in the cache here"
 
     def disk_bytes(self) -> int | None:
         """What the rest will write at most at a time, about; None: the size of a model is not known here."""
@@ -131,7 +131,7 @@ class Sweep:
                 return None
             finals += count * _FINAL[order.model.dtype]
             states = max(states, order.train.keep_last * _state_bytes(order, count))
-        at_once = min(len(self.trains), 1 if _cards() else os.cpu_count() or 1)
+        at_once = min(len(self.trains), 1 if _cards() else cores())
         return int(_BYTES_OF_TEXT * tokens) + finals + at_once * states
 
     def checks(self) -> list[Check]:
@@ -142,7 +142,8 @@ class Sweep:
         """What `sweep` itself looks for before it begins."""
         problems = stages.preflight(self.plan, self.store)
         if not problems:
-            yield Finding("sweep files", "ok", "models, arms and benchmark files are as it asks for")
+            found = "what lies here of models, arms and benchmark files is as it asks for"
+            yield Finding("sweep files", "ok", found)
         for problem in problems:
             state: State = "missing" if isinstance(problem, MissingError) else "failed"
             yield Finding("sweep files", state, problem.cause, "the rest of the sweep runs", problem.fix)
@@ -151,7 +152,7 @@ class Sweep:
         cards = _cards()
         taken = [taken for order in self.trains if (taken := _memory_bytes(order, len(cards))) is not None]
         if not taken:
-            unknown = "not known: the size of no model left to train is known here"
+            unknown = "not known: packcli does not know the size of the models left to train"
             yield Finding("memory for it", "ok", unknown if self.trains else "nothing is left to train")
             return
         free = [card.free_bytes for card in cards if card.free_bytes is not None]

@@ -24,7 +24,7 @@ from packcli.files import held, is_alive, is_locked
 from packcli.launch import graph, ranks
 from packcli.launch.ranks import Group
 from packcli.plan import Kind, Plan, closure
-from packcli.processes import GRACE_S, Stop
+from packcli.processes import GRACE_S, Stop, cores
 from packcli.store import Store
 
 Stage = tuple[Kind, str]
@@ -116,10 +116,8 @@ def run(
     allowed = {"fallback": fallback, "unsafe_no_sandbox": unsafe_no_sandbox}
     state = _Run(plan, store, jobs, done, sum(len(job.ids) for job in jobs), group, allowed, logs)
     # Two on one GPU share its memory and spoil each other's times.
-    count, threads = (1, os.cpu_count() or 1) if gpus or each > 1 else _workers(plan, jobs)
-    log.logger.info(
-        "%d of %d stages to do, %d at a time, on %d cores", state.total, len(wanted), count, os.cpu_count() or 1
-    )
+    count, threads = (1, cores()) if gpus or each > 1 else _workers(plan, jobs)
+    log.logger.info("%d of %d stages to do, %d at a time, on %d cores", state.total, len(wanted), count, cores())
     with _announced(store, plan.name), terminable(), _pool(store, logs, count, threads, grace_s) as workers:
         _schedule(state, workers)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
@@ -129,15 +127,15 @@ def run(
 
 def _workers(plan: Plan, jobs: Sequence[_Job]) -> tuple[int, int]:
     """How many workers, and threads for each: as many side by side as cores hold without sharing one."""
-    cores = os.cpu_count() or 1
+    all_ = cores()
     asked = [plan.trains[id_].train.threads for job in jobs if job.kind == "train" for id_ in job.ids]
-    threads = max((count or cores for count in asked), default=max(1, cores // 2))
+    threads = max((count or all_ for count in asked), default=max(1, all_ // 2))
     scoring = [plan.evals[id_].eval for job in jobs if job.kind == "eval" for id_ in job.ids]
     threads = max([threads, *(spec.processes or 1 for spec in scoring)])  # shared by a worker's processes
     # One store is made by processes of its own, and its indexes take milliseconds: no worker waits for those.
     wide = sum(job.kind in ("train", "eval") for job in jobs) or sum(job.kind == "tokens" for job in jobs) or 1
-    count = max(1, min(wide, cores // min(threads, cores)))
-    return count, max(1, cores // count)
+    count = max(1, min(wide, all_ // min(threads, all_)))
+    return count, max(1, all_ // count)
 
 
 def _jobs(plan: Plan, missing: Sequence[Stage]) -> list[_Job]:
@@ -381,7 +379,9 @@ def _bury(state: _Run, number: int, worker: _Worker) -> int:
     if job is None:
         return 0
     error = ranks.died(f"{job.kind} {job.name}", code, state.store.failure(job.kind, job.ids[0]))
-    fix = f"{error.fix}. Its log: {state.store.worker_log(state.logs, number)}"
+    # Only a training has a micro-batch and checkpoints.
+    fix = error.fix if job.kind == "train" else "run the same command again: what is finished is kept"
+    fix = f"{fix}. Its log: {state.store.worker_log(state.logs, number)}"
     for id_ in job.ids:
         state.store.fail(job.kind, id_, error)
     _end(
@@ -393,7 +393,7 @@ def _bury(state: _Run, number: int, worker: _Worker) -> int:
 
 
 def _revive(state: _Run, workers: list[_Worker], number: int) -> None:
-    threads = max(1, (os.cpu_count() or 1) // len(workers))
+    threads = max(1, cores() // len(workers))
     fresh = _start(state.store, state.logs, number, threads)
     os.close(workers[number].answers)
     workers[number].process, workers[number].answers, workers[number].closed = fresh.process, fresh.answers, False
