@@ -116,10 +116,13 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
-def clear_unfinished(directory: Path, below: str = "") -> None:
-    """Delete what writers that were killed left unfinished, in `directory` or (`below`: `**/`) anywhere in it."""
+def clear_unfinished(directory: Path, below: str = "", *, held: bool = False) -> None:
+    """Delete what writers that were killed left unfinished, in `directory` or (`below`: `**/`) anywhere in it.
+
+    `held`: nobody else writes there, so whatever is unfinished was left.
+    """
     for left in list(directory.glob(f"{below}.*.tmp-*")):
-        if _is_abandoned(left):
+        if held or _is_abandoned(left):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
@@ -142,14 +145,17 @@ def _is_abandoned(left: Path) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether this machine has a process of that number; one that ended, and that nobody has asked after, is none."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         return True
-    return True
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):  # not Linux, or it ended just now
+        return True
 
 
 @contextlib.contextmanager

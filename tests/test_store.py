@@ -221,7 +221,6 @@ def test_a_directory_removed_half_way_by_a_killed_process_is_taken_for_whole(
         runs.remove(checkpoint)
         monkeypatch.undo()
         assert runs.checkpoints("t") == []
-    monkeypatch.setattr(files, "is_alive", lambda _: False)
     with runs.writing("train", "t") as directory:
         assert [path.name for path in directory.iterdir()] == [".lock"], "the rest of it was not cleared away"
 
@@ -242,6 +241,16 @@ def test_an_unfinished_file_of_a_living_writer_is_taken_from_it(tmp_path: Path) 
         with runs.writing("tokens", "t"):
             assert (elsewhere.exists(), long_ago.exists()) == (True, False)
     assert (runs.directory("tokens", "t") / "shard-00001.arrow").exists()
+
+
+def test_a_process_that_ended_and_was_not_asked_after_is_alive() -> None:
+    """A container without an init keeps such for ever."""
+    dead = subprocess.Popen(["true"])
+    while os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT) is None:
+        pass
+    assert not files.is_alive(dead.pid)
+    dead.wait()
+    assert files.is_alive(os.getpid())
 
 
 def test_what_a_killed_deleter_left_is_looked_at_or_stays(tmp_path: Path) -> None:
