@@ -145,7 +145,7 @@ def _is_abandoned(left: Path) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Whether this machine has a process of that number; one that ended, and that nobody has asked after, is none."""
+    """Whether this machine has a process of that number. One that ended, which nobody has asked after, is none."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
