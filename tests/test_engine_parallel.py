@@ -254,7 +254,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 def test_workers_of_a_sweep_and_their_processes_take_more_cores_than_there_are(
     processes: int | None, threads: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(local, "cores", lambda: 8)
     train = SimpleNamespace(train=SimpleNamespace(threads=threads))
     scoring = SimpleNamespace(eval=EvalSpec(processes=processes))
     plan: Any = SimpleNamespace(trains={"t": train}, evals={"e": scoring})

@@ -381,10 +381,12 @@ def test_a_tokenizer_is_trained_without_holding_the_data(tmp_path: Path, monkeyp
 
 
 def test_a_trainer_that_reads_is_interrupted_at_once_and_its_failure_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Its own threads would read on to the end of the data, however far that is."""
     texts = iter(f"text {number}" for number in range(10**9))
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background hear none
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, heard))
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     monkeypatch.setattr(tokenizers, "_training_split", lambda order: texts)
     started = time.monotonic()
